@@ -1,0 +1,1 @@
+"""One vision network, many domains."""
