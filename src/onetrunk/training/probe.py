@@ -1,0 +1,112 @@
+"""linear_probe: the best linear classifier on the frozen backbone's features.
+
+The yardstick for every family: what the backbone knows of a domain already. Multinomial logistic
+regression by L-BFGS on standardised features, its decay chosen on validation data.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.adapters import Head
+from ..core.attach import attach, domain_of
+from ..data import Preprocessing
+from .examples import Examples, Progress, examples_of
+from .evaluate import logits_of
+from .fit import fit
+from .recipe import Recipe
+
+DECAYS = (1e-2, 1e-1, 1.0, 1e1, 1e2)
+
+
+def linear_probe(
+    backbone: nn.Module,
+    train: Any,
+    val: Any,
+    classes: tuple[str, ...],
+    *,
+    preprocessing: Preprocessing | None = None,
+    head: str | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """A domain of family `head`, trained to the optimum on evaluation views of the images.
+
+    Args:
+        train, val: as for `fit`; the decay is chosen on `val`.
+        progress: called with (images done, images) while features are computed.
+    """
+    model = attach(backbone, Head(), classes, preprocessing=preprocessing, head=head)
+    examples, val_examples = examples_of(model, train), examples_of(model, val)
+    heads = domain_of(model).head
+    layer = model.get_submodule(heads[0])
+    if len(heads) > 1 or not isinstance(layer, nn.Linear) or layer.bias is None:
+        for _ in fit(model, examples, Recipe(epochs=20, lr=1e-2), val=val_examples, device=device):
+            pass
+        return model
+    features = features_of(model, heads[0], examples, device, progress)
+    val_features = features_of(model, heads[0], val_examples, device, None)
+    weight, bias = best_logistic(
+        features, examples.labels, val_features, val_examples.labels, len(classes)
+    )
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return model.eval()
+
+
+def features_of(
+    model: nn.Module,
+    head: str,
+    examples: Examples,
+    device: str | torch.device | None,
+    progress: Progress | None,
+) -> Tensor:
+    """What goes into the head for every example: (n, f)."""
+    found: list[Tensor] = []
+    hook = model.get_submodule(head).register_forward_pre_hook(
+        lambda _module, args: found.append(args[0].detach().float().cpu())
+    )
+    try:
+        logits_of(model.eval(), examples, device=device, progress=progress)
+    finally:
+        hook.remove()
+    return torch.cat(found)
+
+
+def best_logistic(
+    x_nf: Tensor, labels_n: Tensor, val_x_nf: Tensor, val_labels_n: Tensor, n_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Weight (c, f) and bias (c,) of the logistic regression that does best on validation."""
+    mean_f, std_f = x_nf.mean(0), x_nf.std(0).clamp_min(1e-6)
+    z_nf, val_z_nf = (x_nf - mean_f) / std_f, (val_x_nf - mean_f) / std_f
+    best, best_loss = (torch.zeros(n_classes, x_nf.shape[1]), torch.zeros(n_classes)), float("inf")
+    weight, bias = best
+    for decay in reversed(DECAYS):  # warm starts, from the smoothest
+        weight, bias = _logistic(z_nf, labels_n, weight, bias, decay)
+        loss = float(F.cross_entropy(F.linear(val_z_nf, weight, bias), val_labels_n))
+        if loss < best_loss:
+            best, best_loss = (weight, bias), loss
+    weight = best[0] / std_f
+    return weight, best[1] - weight @ mean_f
+
+
+def _logistic(
+    x_nf: Tensor, labels_n: Tensor, weight: Tensor, bias: Tensor, decay: float
+) -> tuple[Tensor, Tensor]:
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x_nf, weight, bias), labels_n)
+        loss = loss + 0.5 * decay * weight.square().sum() / x_nf.shape[1]
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return weight.detach(), bias.detach()
