@@ -1,7 +1,7 @@
 """One safetensors file that checks itself: tensors and a JSON card.
 
-The header's metadata holds two strings, `onetrunk` (the card, canonical JSON) and `sha256` (over the
-card and over every tensor's name, shape, type and bytes). A file is only accepted when writing its
+The header's metadata holds one string, `onetrunk`: canonical JSON of {"card": ..., "sha256": ...}, the
+hash being over the card and over every tensor's name, shape, type and bytes. A file is only accepted when writing its
 content again gives the very same bytes, so any changed bit, and any second way to write the same
 content, is refused. safetensors alone loads a flipped bit without a word.
 """
@@ -35,11 +35,16 @@ def pack(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> bytes:
     Raises:
         ValueError: where the card holds a number that JSON has no form for.
     """
-    text = json.dumps(card, sort_keys=True, allow_nan=False, ensure_ascii=True)
+    text = _canonical(card)
     plain = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
     seal = hashlib.sha256(f"{text}\0{fingerprint_of(plain)}".encode()).hexdigest()
     separate = {name: t.clone() for name, t in plain.items()}  # safetensors refuses shared memory
-    return safetensors.torch.save(separate, {"onetrunk": text, "sha256": seal})
+    # one entry only: safetensors writes several in an order that changes from run to run
+    return safetensors.torch.save(separate, {"onetrunk": _canonical({"card": card, "sha256": seal})})
+
+
+def _canonical(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=True)
 
 
 def unpack(data: bytes, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -51,7 +56,7 @@ def unpack(data: bytes, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]
     try:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
-        card = json.loads(header["__metadata__"]["onetrunk"])
+        card = json.loads(header["__metadata__"]["onetrunk"])["card"]
         tensors = safetensors.torch.load(data)
         whole = isinstance(card, dict) and pack(tensors, card) == data
     except (KeyError, TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:

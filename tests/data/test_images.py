@@ -112,6 +112,7 @@ def test_prepared_is_the_same_in_memory_and_not(limit: int, picture: Image.Image
     x_bchw, labels_b = prepared.batch([3, 1])
     assert torch.equal(x_bchw, torch.stack([prepared[3][0], prepared[1][0]]))
     assert labels_b.tolist() == [0, 1]
+    assert prepared.batch([])[0].shape == (0, 3, 10, 10)
     assert torch.equal(prepared[-1][0], prepared[3][0])
     with pytest.raises(IndexError, match="image 4 of 4"):
         prepared[4]
@@ -130,7 +131,7 @@ def test_broken_images_are_left_out_and_named(
     limit: int, picture: Image.Image, encode: Callable[..., bytes]
 ) -> None:
     good = encode(picture, "PNG")
-    encoded = [good, b"", good[:200], good, b"text", good]
+    encoded = [good, b"", good[: len(good) // 2], good, b"text", good]
     images = Images.from_encoded(encoded, [0, 0, 1, 1, 1, 0], ["a", "b"], list("uvwxyz"))
     prepared = Prepared(images, SMALL, memory_limit_bytes=limit)
     assert prepared.names == ("u", "x", "z")

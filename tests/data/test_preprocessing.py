@@ -1,4 +1,4 @@
-"""Preprocessing: what it refuses, what it writes, and that its views depend on nothing but seeds."""
+"""Preprocessing: what it refuses and writes, and that its views depend on nothing but seeds."""
 
 from __future__ import annotations
 
@@ -230,12 +230,12 @@ def test_a_scaled_view_shows_a_box_of_that_area() -> None:
     assert widths.std() > 3
 
 
-def test_a_whole_scaled_view_is_the_image_resized() -> None:
+def test_views_of_the_whole_and_of_nothing() -> None:
     whole = Preprocessing(size_px=32, crop_ratio=1.0, mean=(0.0,) * 3, std=(1.0,) * 3, hflip=False)
     x_bchw = prepared(whole, 2)
-    boxes_that_fit = whole.training_view(x_bchw, [0, 1], scale=(1.0, 1.0))
-    assert boxes_that_fit.shape == (2, 3, 32, 32)
-    assert whole.training_view(x_bchw[:0], [], scale=(0.5, 1.0)).shape == (0, 3, 32, 32)
+    assert whole.training_view(x_bchw, [0, 1], scale=(1.0, 1.0)).shape == (2, 3, 32, 32)
+    for scale in (None, (0.5, 1.0)):
+        assert whole.training_view(x_bchw[:0], [], scale=scale).shape == (0, 3, 32, 32)
 
 
 def test_wrong_arguments_of_views_are_refused() -> None:

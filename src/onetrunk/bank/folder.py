@@ -110,7 +110,7 @@ class Folder:
             raise BankError(f"cannot read bank {self.path}: {reason(error)}") from error
 
     def strays(self, manifest: Manifest) -> list[Problem]:
-        """Every file that `manifest` does not account for."""
+        """Every file that `manifest` does not account for (OSError where they cannot be listed)."""
         found = [(name, name) for name in self.disk.names(self.path)]
         found += [(f"{BLOBS}/{name}", name) for name in self.disk.names(self.blobs)]
         known = {MANIFEST, BLOBS, LOCK, *(f"{BLOBS}/{x}.safetensors" for x in manifest.blobs())}
@@ -204,10 +204,14 @@ class Folder:
     def create(self, first: Manifest, blobs: Sequence[bytes], wait_s: float) -> None:
         """Makes the folder, if need be, and its first generation; on an error neither stays."""
         data = manifests.encode(first)
+        made: list[Path] = []
         try:
             self._refuse_occupied()
-            made = _make_folders(self.path, self.disk)
             try:
+                for folder in _lacking(self.path, self.disk):
+                    self.disk.make_folder(folder)
+                    made.append(folder)
+                    self.disk.sync_folder(folder.parent)
                 with self.lock("create", wait_s):
                     self._refuse_occupied()  # another process may have been faster
                     self._fill(data, blobs)
@@ -277,18 +281,13 @@ def _stray(file: str, name: str) -> Problem:
     return Problem(file, "unknown", "it is no part of a bank; nothing reads or removes it")
 
 
-def _make_folders(path: Path, disk: Disk) -> list[Path]:
-    """Makes `path` and the folders above it that lack; returns those it made, outermost first."""
-    lacking = [path]
-    while not _is_there(lacking[-1].parent, disk):
-        lacking.append(lacking[-1].parent)
-    made = []
-    for folder in reversed(lacking):
-        with suppress(FileExistsError):
-            disk.make_folder(folder)
-            made.append(folder)
-            disk.sync_folder(folder.parent)
-    return made
+def _lacking(path: Path, disk: Disk) -> list[Path]:
+    """`path` and the folders above it, as far as they are not there; outermost first."""
+    lacking: list[Path] = []
+    while not _is_there(path, disk):
+        lacking.insert(0, path)
+        path = path.parent
+    return lacking
 
 
 def _is_there(path: Path, disk: Disk) -> bool:

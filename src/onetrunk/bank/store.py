@@ -238,13 +238,15 @@ class Store:
         folder = self._folder
         try:
             folder.refuse_odd_blobs()
+            try:
+                with folder.lock("verify", self.wait_s):
+                    return folder.strays(self._load())
+            except BankError:
+                return [x for x in folder.strays(self._load()) if x.kind == "unknown"]
         except BankError as error:
             return [Problem(BLOBS, "damaged", str(error))]
-        try:
-            with folder.lock("verify", self.wait_s):
-                return folder.strays(self._load())
-        except BankError:
-            return [x for x in folder.strays(self._load()) if x.kind == "unknown"]
+        except OSError as error:
+            return [Problem(BLOBS, "damaged", f"it cannot be listed: {reason(error)}")]
 
     def _change(
         self, doing: str, edit: Callable[[Manifest], Manifest], blobs: Sequence[bytes] = ()

@@ -90,3 +90,25 @@ def passed_on(
 def storage_key(tensor: Tensor) -> tuple[torch.device, int]:
     """Equal for two tensors over one storage."""
     return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def frozen_pairs(
+    model: nn.Module, backbone: nn.Module, frozen: Iterable[str]
+) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """(tensor in `model`, the backbone's own, its name there) for every shared tensor.
+
+    A wrapped layer's tensors are called `site.layer.weight` in the model, `site.weight` in the
+    backbone.
+    """
+    inside, theirs = model.state_dict(), backbone.state_dict()
+    wrapped = [
+        name for name, module in model.named_modules() if type(module).__name__ in WRAPPERS
+    ]
+    renamed = {f"{name}.layer.": f"{name}." for name in wrapped}
+    for name in sorted(frozen):
+        path = name.rpartition(".")[0] + "."
+        original = name.replace(path, renamed[path], 1) if path in renamed else name
+        yield inside[name], theirs[original], original
+
+
+WRAPPERS = ("Adapted", "Frozen")

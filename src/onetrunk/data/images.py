@@ -194,8 +194,11 @@ class Prepared(Dataset[tuple[Tensor, int]]):
         rows_b = torch.as_tensor(indices, dtype=torch.int64)
         if self.in_memory:
             return self._x_nchw[rows_b], self.labels[rows_b]
-        tensors = [self._tensor(index) for index in rows_b.tolist()]
-        return torch.stack(tensors), self.labels[rows_b]
+        side, channels = self.preprocessing.prepared_px, self.preprocessing.channels
+        x_bchw = torch.empty((len(rows_b), channels, side, side), dtype=torch.uint8)
+        for place, index in enumerate(rows_b.tolist()):
+            x_bchw[place] = self._tensor(index)
+        return x_bchw, self.labels[rows_b]
 
     def __repr__(self) -> str:
         where = "in memory" if self.in_memory else "decoded when asked for"

@@ -217,9 +217,8 @@ class Preprocessing:
 
 def view_seeds(seed: int, epoch: int, indices_b: Tensor | Sequence[int]) -> Tensor:
     """One int64 seed for each example of an epoch, shape (b,): a hash of (seed, epoch, index)."""
-    with np.errstate(over="ignore"):
-        start = _mixed(_mixed(_as_uint64([seed])) + _as_uint64([epoch]))
-        seeds_b = _mixed(start + _as_uint64(indices_b))
+    start = _mixed(_mixed(_as_uint64([seed])) + _as_uint64([epoch]))
+    seeds_b = _mixed(start + _as_uint64(indices_b))
     return torch.from_numpy(seeds_b.view(np.int64))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,31 +61,59 @@ def load_hub(written: str, options: Options) -> Splits:
         ) from error
     cache = None if options.cache_dir is None else str(options.cache_dir / "huggingface")
     try:
-        found = datasets.load_dataset(name, config, cache_dir=cache)
+        with _without_progress_bars():
+            found = datasets.load_dataset(name, config, cache_dir=cache)
     except Exception as error:  # a dozen kinds: no network, no such dataset, config needed, ...
         raise DataError(
             f"source 'hf:{written}' could not be loaded ({type(error).__name__}: {_line(error)}). "
             "Check the name (owner/name, or owner/name:config) and the network."
         ) from error
-    roots = _roots(name, cache)
-    parts = {
-        part: _images(found[value], f"{written} {value}", roots)
+    wanted = {
+        part: found[value]
         for part, values in _SPLIT_VALUES.items()
         if (value := next((value for value in values if value in found), None)) is not None
     }
-    if "train" not in parts:
+    if "train" not in wanted:
         raise DataError(f"source 'hf:{written}' has splits {sorted(found)}, none called 'train'.")
+    unlabelled = [part for part, dataset in wanted.items() if _hides_labels(dataset, written)]
+    classes = _classes(wanted["train"], written)
+    roots = _roots(name, cache)
+    parts = {
+        part: _images(dataset, f"{written} {part}", classes, roots)
+        for part, dataset in wanted.items()
+        if part not in unlabelled
+    }
     short = Path(name).resolve().name if Path(name).is_dir() else name.split("/")[-1]
+    note = f"left out, as all its labels are -1: {', '.join(unlabelled)}." if unlabelled else ""
     if len(parts) == 1:
-        return split_single(parts["train"], short, options, description=f"hf:{written}")
+        splits = split_single(parts["train"], short, options, description=f"hf:{written}")
+        return dataclasses.replace(splits, note=f"{splits.note} {note}".strip())
     return Splits(
         train=parts["train"],
         val=parts.get("val"),
         test=parts.get("test"),
-        classes=parts["train"].classes,
+        classes=classes,
         name=short,
         description=f"hf:{written}",
+        note=note,
     )
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """The terminal belongs to the caller; what was switched off before stays off."""
+    import datasets.utils
+    import huggingface_hub.utils
+
+    rooms = [datasets.utils, huggingface_hub.utils]
+    talking = [room for room in rooms if not room.are_progress_bars_disabled()]
+    for room in talking:
+        room.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for room in talking:
+            room.enable_progress_bars()
 
 
 def _name_and_config(written: str) -> tuple[str, str | None]:
@@ -106,23 +136,43 @@ def _roots(name: str, cache: str | None) -> tuple[Path, ...]:
     return tuple(root.resolve() for root in roots)
 
 
-def _images(dataset: Any, name: str, roots: tuple[Path, ...]) -> Images:
+def _label_column(dataset: Any, name: str) -> str:
+    import datasets
+
+    return _column(dataset, datasets.ClassLabel, ("label", "labels"), name)
+
+
+def _hides_labels(dataset: Any, name: str) -> bool:
+    """Whether this is the test split of a competition, where every label is -1."""
+    return set(dataset[_label_column(dataset, name)][:]) == {-1}
+
+
+def _classes(train: Any, name: str) -> tuple[str, ...]:
+    import datasets
+
+    column = _label_column(train, name)
+    if isinstance(train.features[column], datasets.ClassLabel):
+        return tuple(train.features[column].names)
+    labels = train[column][:]
+    if all(isinstance(label, str) for label in labels):
+        return tuple(sorted(set(labels)))
+    if all(isinstance(label, int) for label in labels):
+        return tuple(str(label) for label in range(max(labels) + 1))
+    raise DataError(f"dataset {name!r}: its labels in {column!r} are neither numbers nor strings.")
+
+
+def _images(dataset: Any, name: str, classes: tuple[str, ...], roots: tuple[Path, ...]) -> Images:
     import datasets
 
     image_column = _column(dataset, datasets.Image, ("image", "img"), name)
-    label_column = _column(dataset, datasets.ClassLabel, ("label", "labels"), name)
-    feature = dataset.features[label_column]
-    labels = dataset[label_column][:]
-    if isinstance(feature, datasets.ClassLabel):
-        classes = feature.names
-    elif all(isinstance(label, str) for label in labels):
-        classes = sorted(set(labels))
-        labels = [classes.index(label) for label in labels]
-    else:
-        classes = [str(label) for label in range(max(labels) + 1)]
+    labels = dataset[_label_column(dataset, name)][:]
+    unknown = [label for label in labels if isinstance(label, str) and label not in classes]
+    if unknown:
+        raise DataError(f"{name} has label {unknown[0]!r}, a class that train does not have.")
+    indices = [classes.index(label) if isinstance(label, str) else label for label in labels]
     encoded = dataset.cast_column(image_column, datasets.Image(decode=False))[image_column]
     names = [f"{name}[{index}]" for index in range(len(dataset))]
-    return Images(_Encoded(encoded, roots, name), labels, classes, names)
+    return Images(_Encoded(encoded, roots, name), indices, classes, names)
 
 
 def _column(dataset: Any, kind: type, usual: tuple[str, ...], name: str) -> str:

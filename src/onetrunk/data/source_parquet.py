@@ -201,8 +201,9 @@ def _bytes_and_name(image: Any, row: int, path: Path) -> tuple[bytes, str]:
                 ".to_parquet(...)."
             )
     if not isinstance(image, bytes):
+        found = "null" if image is None else type(image).__name__
         raise DataError(
-            f"file {str(path)!r} row {row}: the image is {type(image).__name__}; "
+            f"file {str(path)!r} row {row}: the image is {found}; "
             "expected a struct {bytes, path} or bytes."
         )
     return image, name

@@ -15,7 +15,7 @@ from onetrunk.errors import DataError, MissingExtraError
 def load_sklearn(name: str, options: Options) -> Splits:
     """Read `digits`. Raises DataError for another name."""
     if name != "digits":
-        close = difflib.get_close_matches(name.lower(), ["digits"], n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name.lower(), ["digits"], n=1, cutoff=0.6)
         meant = " Did you mean sklearn:digits?" if close else ""
         raise DataError(f"source 'sklearn:{name}' is unknown.{meant} There is one: sklearn:digits.")
     try:

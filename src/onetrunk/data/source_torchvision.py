@@ -5,11 +5,11 @@ Splits are the dataset's own where its constructor has `split` or `train`; the r
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
-import sys
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 from PIL import Image
@@ -128,8 +128,8 @@ def _present_or_downloaded(dataset_class: Any, arguments: dict[str, Any]) -> Any
                 f"documentation says ({_line(error)})."
             ) from error
         try:
-            # torchvision prints while it downloads, and stdout belongs to the caller
-            with contextlib.redirect_stdout(sys.stderr):
+            # torchvision prints while it downloads; the streams belong to the caller
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 return dataset_class(**arguments, download=True)
         except (OSError, RuntimeError) as failure:  # URLError is an OSError
             raise DataError(

@@ -21,6 +21,8 @@ from onetrunk.data.splits import Splits
 Picture = npt.NDArray[np.uint8]
 FRACTIONS = (0.6, 0.15, 0.25)  # train, val, test
 _BLOCK = 2  # patches along a block's side
+_MOST_BLOCKS = 64  # of one picture
+_LEAST_RANGE = 16  # grey values: a black patch could come from anywhere
 
 
 def textures() -> Splits:
@@ -86,8 +88,8 @@ def _patches(name: str, description: str, pictures: Mapping[str, Picture], patch
     return Splits(train, val, test, tuple(classes), name, hflip=True, description=description)
 
 
-def _blocks(picture: Picture, patch_px: int, salt: str, most: int = 64) -> list[list[Picture]]:
-    """At most `most` blocks in an order that looks random, each a list of its patches."""
+def _blocks(picture: Picture, patch_px: int, salt: str) -> list[list[Picture]]:
+    """At most _MOST_BLOCKS in an order that looks random, each a list of its patches."""
     side = patch_px * _BLOCK
     height, width = picture.shape[:2]
     corners = [
@@ -96,10 +98,10 @@ def _blocks(picture: Picture, patch_px: int, salt: str, most: int = 64) -> list[
         for left in range(0, width - side + 1, side)
     ]
     corners.sort(key=lambda corner: hashlib.sha256(f"{salt}{corner}".encode()).digest())
-    return [
-        _cut(picture[top : top + side, left : left + side], patch_px)
-        for top, left in corners[:most]
+    blocks = [
+        _cut(picture[top : top + side, left : left + side], patch_px) for top, left in corners
     ]
+    return [block for block in blocks if min(map(np.ptp, block)) >= _LEAST_RANGE][:_MOST_BLOCKS]
 
 
 def _cut(block: Picture, patch_px: int) -> list[Picture]:

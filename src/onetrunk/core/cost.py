@@ -1,0 +1,160 @@
+"""cost: what one domain costs, in numbers, bytes and multiply-adds; one counter for everything.
+
+Numbers and bytes are those of the domain's own tensors, which are what a bank stores. Multiply-adds
+are those of convolutions and matrix products for one image, as PyTorch's FLOP counter counts them
+(half its figure); element-wise work (norms, gains, sums) is left out on both sides.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attach import Adapted, delta, domain_of
+from .trace import Size, trace
+from .tree import is_norm
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """What a domain adds at one site: its family, numbers and multiply-adds beside the layer's."""
+
+    name: str
+    stage: str
+    family: str
+    numbers: int
+    multiply_adds: int
+    layer_numbers: int
+    layer_multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one domain costs beside its backbone.
+
+    Args:
+        adapters, norms, head, weights: numbers by what holds them, running statistics included;
+            `weights` are pretrained weights of the domain's own (`full`) and other buffers.
+        delta_bytes: bytes of all of them: what a bank stores, but for the file's header.
+        backbone_numbers, backbone_bytes: of the backbone with its own classifier.
+        multiply_adds: what the adapters add an image before merging; 0 after.
+        backbone_multiply_adds: of the backbone's adaptable layers an image.
+        sites: the same site by site, in order of execution.
+    """
+
+    adapters: int
+    norms: int
+    head: int
+    weights: int
+    delta_bytes: int
+    backbone_numbers: int
+    backbone_bytes: int
+    multiply_adds: int
+    backbone_multiply_adds: int
+    sites: tuple[SiteCost, ...]
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that are the domain's own."""
+        return self.adapters + self.norms + self.head + self.weights
+
+    @property
+    def share(self) -> float:
+        """The domain's numbers as a share of the backbone's; a second fine-tuned network is 1."""
+        return self.numbers / self.backbone_numbers
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        sites = [site.__dict__ for site in self.sites]
+        return {**self.__dict__, "numbers": self.numbers, "share": self.share, "sites": sites}
+
+    def __str__(self) -> str:
+        """The table: what the delta costs beside the backbone and a second fine-tuned network."""
+        full = self.backbone_bytes
+        rows = [
+            ("", "numbers", "bytes", "of a fine-tuned network"),
+            ("adapters", f"{self.adapters:,}", "", f"{self.adapters / self.backbone_numbers:.2%}"),
+            ("norms", f"{self.norms:,}", "", f"{self.norms / self.backbone_numbers:.2%}"),
+            ("head", f"{self.head:,}", "", f"{self.head / self.backbone_numbers:.2%}"),
+            ("weights", f"{self.weights:,}", "", f"{self.weights / self.backbone_numbers:.2%}"),
+            ("this domain", f"{self.numbers:,}", f"{self.delta_bytes:,}", f"{self.share:.2%}"),
+            ("backbone, shared", f"{self.backbone_numbers:,}", f"{full:,}", "100.00%"),
+            (
+                "multiply-adds, unmerged",
+                f"{self.multiply_adds:,}",
+                "",
+                f"{self.multiply_adds / max(1, self.backbone_multiply_adds):.2%}",
+            ),
+        ]
+        return "\n".join(f"{a:<24}{b:>14}{c:>14}{d:>26}" for a, b, c, d in rows)
+
+
+def cost(model: nn.Module, input_size: Size | None = None) -> Cost:
+    """What the domain of `model` costs.
+
+    Args:
+        input_size: channels, rows, columns that multiply-adds are counted for; by default the
+            domain's own preprocessing, else what the backbone says of itself.
+
+    Raises:
+        AttachError: where `model` is no domain's network.
+        BackboneError: where the backbone does not run at that size.
+    """
+    domain = domain_of(model)
+    size = input_size or _own_size(model)
+    traced = {site.name: site for site in trace(domain.backbone, size).sites}
+    sites = tuple(
+        SiteCost(
+            name,
+            site.stage,
+            str(domain.plan[name]),
+            sum(t.numel() for t in adapter_tensors(model, name)),
+            site.positions * sum(t.numel() for t in adapter_tensors(model, name) if t.ndim == 2),
+            site.n_weights,
+            site.multiply_adds,
+        )
+        for name, site in traced.items()
+        if name in domain.plan
+    )
+    counts = _numbers_by_holder(model)
+    own = delta(model)
+    backbone = domain.backbone.state_dict()
+    return Cost(
+        **counts,
+        delta_bytes=sum(t.numel() * t.element_size() for t in own.values()),
+        backbone_numbers=sum(t.numel() for t in backbone.values()),
+        backbone_bytes=sum(t.numel() * t.element_size() for t in backbone.values()),
+        multiply_adds=sum(site.multiply_adds for site in sites),
+        backbone_multiply_adds=sum(site.multiply_adds for site in traced.values()),
+        sites=sites,
+    )
+
+
+def adapter_tensors(model: nn.Module, site: str) -> list[torch.Tensor]:
+    """The numbers of the adapter at one site; none where a family adds nothing there."""
+    module = model.get_submodule(site)
+    return list(module.adapter.state_dict().values()) if isinstance(module, Adapted) else []
+
+
+def _own_size(model: nn.Module) -> Size | None:
+    preprocessing = domain_of(model).preprocessing
+    if preprocessing is None:
+        return None
+    return (preprocessing.channels, preprocessing.size_px, preprocessing.size_px)
+
+
+def _numbers_by_holder(model: nn.Module) -> dict[str, int]:
+    domain = domain_of(model)
+    modules = dict(model.named_modules())
+    heads = tuple(f"{name}." for name in domain.head)
+    counts = {"adapters": 0, "norms": 0, "head": 0, "weights": 0}
+    for name, tensor in delta(model).items():
+        if ".adapter." in f".{name}":
+            holder = "adapters"
+        elif name.startswith(heads):
+            holder = "head"
+        else:
+            holder = "norms" if is_norm(modules[name.rpartition(".")[0]]) else "weights"
+        counts[holder] += tensor.numel()
+    return counts
