@@ -24,7 +24,7 @@ from torch import nn
 
 import onetrunk as ot
 from onetrunk.data import Prepared, Preprocessing, load
-from onetrunk.training.probe import linear_probe
+from onetrunk.training.probe import linear_probe, start_from_probe
 
 DATA = Path(os.environ.get("ONETRUNK_DATA", "../shared/data/mini-decathlon"))
 HERE = Path(__file__).parent
@@ -118,6 +118,7 @@ class Cell:
     family: str
     recipe: str
     size_px: int
+    start: str = "fresh"  # the head: "fresh", or the linear "probe"
 
     @property
     def key(self) -> str:
@@ -131,7 +132,8 @@ def run(cell: Cell) -> dict[str, object]:
         backbone, size_px=cell.size_px, hflip=bool(splits.hflip)
     )
     train = Prepared(first_of_each_class(splits.train, cell.n_images), preprocessing)
-    val, test = Prepared(splits.val, preprocessing), Prepared(splits.test, preprocessing)
+    val = Prepared(first_of_each_class(splits.val, cell.n_images // 2), preprocessing)
+    test = Prepared(splits.test, preprocessing)
     start = time.time()
     size = (3, cell.size_px, cell.size_px)
     if cell.family == "probe":
@@ -142,6 +144,8 @@ def run(cell: Cell) -> dict[str, object]:
         model = ot.attach(
             backbone, family, splits.classes, preprocessing=preprocessing, input_size=size
         )
+        if cell.start == "probe":
+            start_from_probe(model, linear_probe(backbone, train, val, splits.classes, preprocessing=preprocessing))
         best = 0.0
         for step in ot.fit(model, train, ot.read_recipe(cell.recipe), val=val):
             best = max(best, step.val_accuracy or 0.0)

@@ -127,7 +127,11 @@ def test_temporary_names_are_told_apart(tmp_path):
         assert not is_temporary(name)
 
 
-def test_irregular_files_are_refused_at_once(tmp_path):
+def test_irregular_files_are_refused_without_opening_them(tmp_path):
+    class Unopened(Disk):
+        def open(self, path: Path) -> int:
+            raise AssertionError("opened")
+
     (tmp_path / "target").write_bytes(b"x")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     (tmp_path / "folder").mkdir()
@@ -138,9 +142,9 @@ def test_irregular_files_are_refused_at_once(tmp_path):
         ("fifo", "a special file"),
     ]:
         with pytest.raises(DamagedError, match=f"{name} is {found}, and only a regular file"):
-            read_checked(tmp_path / name)
+            read_checked(tmp_path / name, disk=Unopened())
     with pytest.raises(DamagedError, match=r"/dev/zero is a special file"):
-        read_checked("/dev/zero")
+        read_checked("/dev/zero", disk=Unopened())
 
 
 @pytest.mark.parametrize("kind", ["link", "fifo"])
@@ -166,6 +170,7 @@ def test_another_size_is_refused_before_anything_is_read(tmp_path):
             raise AssertionError("read")
 
     (tmp_path / "file").write_bytes(b"1234")
+    assert read_checked(tmp_path / "file", size=4, limit=4) == b"1234"
     with pytest.raises(DamagedError, match=r"has 4 bytes where 5 were written: it was cut short"):
         read_checked(tmp_path / "file", size=5, disk=Unread())
     with pytest.raises(DamagedError, match=r"has 4 bytes, more than the 3 that such a file may"):

@@ -230,6 +230,20 @@ def test_create_refuses_what_is_there(store, tmp_path):
     assert os.listdir(tmp_path / "full") == ["notes.txt"]
 
 
+def test_create_refuses_a_bank_that_another_process_made_meanwhile(tmp_path):
+    path = tmp_path / "garden.bank"
+
+    class Overtaken(Disk):
+        def lock(self, path: Path, wait_s: float):
+            Store.create(path.parent, BACKBONE, b"faster")
+            return super().lock(path, wait_s)
+
+    with pytest.raises(BankError, match=r"there is one already. Open it, or use another path"):
+        Store.create(path, BACKBONE, b"slower", disk=Overtaken())
+    assert Store.open(path).read_backbone() == b"faster"
+    assert Store.open(path).verify() == []
+
+
 @pytest.mark.parametrize(
     ("backbone", "said"),
     [

@@ -13,9 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -350,6 +350,23 @@ def test_an_error_at_any_operation_leaves_the_old_bank_or_the_new(
     assert n > 20
 
 
+@pytest.mark.parametrize("request_name", REQUESTS)
+def test_an_interrupt_just_after_the_replacement_keeps_what_the_new_bank_needs(request_name):
+    class Interrupted(FailingDisk):
+        def replace(self, source: Path, target: Path) -> None:
+            super().replace(source, target)
+            if target.name == "bank.json":
+                raise KeyboardInterrupt
+
+    base = MemoryDisk({}, {"/"}) if request_name == "create" else base_disk()
+    whole = FailingDisk(base, 0, OSError(), False, False)
+    interrupted = Interrupted(base, 0, OSError(), False, False)
+    REQUESTS[request_name](whole)
+    with pytest.raises(KeyboardInterrupt):
+        REQUESTS[request_name](interrupted)
+    assert held(interrupted) in (held(base), held(whole))
+
+
 def test_a_real_file_that_may_not_grow_leaves_the_old_bank(tmp_path):
     code = (
         "import resource, signal, sys; from onetrunk.bank.store import Store, BankError\n"
@@ -382,6 +399,7 @@ class RecordingDisk(Disk):
     def __init__(self) -> None:
         self.trace: list[tuple[Any, ...]] = []
         self.paths: dict[int, str] = {}
+        self.interrupts = False
 
     def create(self, path: Path) -> int:
         fd = super().create(path)
@@ -402,6 +420,9 @@ class RecordingDisk(Disk):
     def replace(self, source: Path, target: Path) -> None:
         super().replace(source, target)
         self.trace.append(("replace", str(source), str(target)))
+        if self.interrupts and target.name == "bank.json":
+            self.interrupts = False
+            raise KeyboardInterrupt
 
     def unlink(self, path: Path) -> None:
         super().unlink(path)
@@ -509,24 +530,45 @@ class Volatile:
         return b"".join(rng.choice([block, bytes(len(block))]) for block in blocks)
 
 
-def record(folder: Path, disk: RecordingDisk) -> list[tuple[int, Manifest]]:
-    """Makes a bank and changes it; returns the length of the trace after each generation."""
+class Step(NamedTuple):
+    """A generation, the events up to the end of its request, and whether it must last then."""
+
+    n_events: int
+    manifest: Manifest | None
+    lasts: bool
+
+
+def record(folder: Path, disk: RecordingDisk) -> list[Step]:
+    """Makes a bank and changes it, interrupted now and then just after the replacement."""
     store = Store.create(folder / "garden.bank", BACKBONE, b"weights" * 10, disk=disk)
-    steps = [(len(disk.trace), store.manifest)]
+    steps = [Step(0, None, True), Step(len(disk.trace), store.manifest, True)]
     requests: list[Callable[[], Manifest]] = [
         lambda: store.add("a", {"n": 1}, b"a" * 100),
         lambda: store.add("b", {"n": 2}, b"b" * 100, [b"basis" * 10]),
         lambda: store.replace("a", {"n": 3}, b"c" * 100, [b"basis" * 10]),
+        lambda: store.replace("a", {"n": 4}, b"d" * 100, [b"basis" * 10]),
         lambda: store.rename("a", "c"),
-        lambda: store.replace("b", {"n": 4}, b"d" * 100),
+        lambda: store.replace("b", {"n": 5}, b"e" * 100),
         lambda: store.remove("c"),
-        lambda: store.add("a", {"n": 5}, b"a" * 100),
+        lambda: store.add("a", {"n": 6}, b"a" * 100),
         lambda: store.remove("b"),
     ]
-    for request in requests:
-        manifest = request()
-        steps.append((len(disk.trace), manifest))
+    for i, request in enumerate(requests):
+        disk.interrupts = i in (3, 6)
+        lasts = not disk.interrupts
+        with suppress(KeyboardInterrupt):
+            request()
+        steps.append(Step(len(disk.trace), store.manifest, lasts))
     return steps
+
+
+def allowed_after(n_events: int, steps: list[Step]) -> list[Manifest | None]:
+    """The last generation that must last by then, and those that were made or begun since."""
+    done = [i for i, step in enumerate(steps) if step.n_events <= n_events]
+    first = max(i for i in done if steps[i].lasts)
+    is_at_rest = steps[done[-1]].n_events == n_events
+    last = done[-1] if is_at_rest else done[-1] + 1
+    return [step.manifest for step in steps[first : last + 1]]
 
 
 def whole_generation(path: Path, disk: MemoryDisk) -> Manifest | None:
@@ -545,10 +587,7 @@ def lose_power(folder: Path, disk: RecordingDisk, n_each: int, seed: int) -> tup
     rng, volatile, torn = random.Random(seed), Volatile(str(folder)), []
     for n_events, event in enumerate(disk.trace, 1):
         volatile.play(event)
-        before = [manifest for length, manifest in steps if length <= n_events]
-        at_work = not any(length == n_events for length, _ in steps)
-        after = [manifest for length, manifest in steps if length > n_events][:1]
-        allowed = (before[-1:] or [None]) + (after if at_work else [])
+        allowed = allowed_after(n_events, steps)
         for i in range(n_each):
             state = volatile.after_power_loss(rng)
             try:

@@ -131,10 +131,13 @@ def test_broken_images_are_left_out_and_named(
     limit: int, picture: Image.Image, encode: Callable[..., bytes]
 ) -> None:
     good = encode(picture, "PNG")
-    encoded = [good, b"", good[: len(good) // 2], good, b"text", good]
+    other = encode(picture.rotate(180), "PNG")
+    encoded = [good, b"", good[: len(good) // 2], other, b"text", good]
     images = Images.from_encoded(encoded, [0, 0, 1, 1, 1, 0], ["a", "b"], list("uvwxyz"))
     prepared = Prepared(images, SMALL, memory_limit_bytes=limit)
     assert prepared.names == ("u", "x", "z")
+    assert torch.equal(prepared[1][0], SMALL.prepare(picture.rotate(180)))
+    assert torch.equal(prepared[2][0], SMALL.prepare(picture))
     assert prepared.labels.tolist() == [0, 1, 0]
     assert len(prepared.batch(range(3))[0]) == 3
     assert [problem.name for problem in prepared.problems] == ["v", "w", "y"]

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from onetrunk.data import Preprocessing, view_seeds
+from onetrunk.data.preprocessing import _boxes
 from onetrunk.errors import DataError
 
 SMALL = Preprocessing(size_px=24, crop_ratio=0.75, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
@@ -228,6 +229,19 @@ def test_a_scaled_view_shows_a_box_of_that_area() -> None:
     assert widths.min() > 73 * math.sqrt(0.25 * 3 / 4) - 2.5
     assert widths.max() < 73 * math.sqrt(0.5 * 4 / 3) + 2.5
     assert widths.std() > 3
+
+
+def test_scaled_boxes_reach_every_edge_and_have_the_drawn_area_and_shape() -> None:
+    draws_bk = np.random.default_rng(0).random((4000, 5))
+    top, left, height, width = _boxes(draws_bk, 20, (0.3, 0.6)).T
+    for start, side in ((top, height), (left, width)):
+        assert start.min() == 0 and side.min() >= 1
+        assert (start + side).max() == 20
+    area, aspect = 400 * (0.3 + 0.3 * draws_bk[:, 3]), width / height
+    assert np.abs(height * width - area).max() < 20  # both sides are rounded
+    assert np.abs(height * width - area).mean() < 6
+    wanted = np.exp((2 * draws_bk[:, 4] - 1) * np.log(4 / 3))
+    assert np.abs(aspect / wanted - 1).max() < 0.12
 
 
 def test_views_of_the_whole_and_of_nothing() -> None:

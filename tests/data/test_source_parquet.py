@@ -68,10 +68,11 @@ def test_the_usual_layout(val: str, write: Callable[..., Path], picture: Image.I
     assert (len(splits.val), len(splits.test)) == (1, 2)
 
 
-def test_shards_as_the_hub_stores_them(write: Callable[..., Path]) -> None:
-    write("data/train-00001-of-00002", [1, 1])
-    write("data/train-00000-of-00002", [0])
-    root = write("data/test-00000-of-00001", [1])
+@pytest.mark.parametrize("folder", ["data/", ""])
+def test_shards_as_the_hub_stores_them(folder: str, write: Callable[..., Path]) -> None:
+    write(f"{folder}train-00001-of-00002", [1, 1])
+    write(f"{folder}train-00000-of-00002", [0])
+    root = write(f"{folder}test-00000-of-00001", [1])
     splits = load(root)
     assert splits.train.labels.tolist() == [0, 1, 1]
     assert splits.train.names[2] == "train-00001-of-00002.parquet[1] 1.png"

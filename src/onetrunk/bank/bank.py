@@ -129,7 +129,9 @@ class Bank:
                 "Leave by_reference out, so that the bank holds them."
             )
         described = {"spec": form, "fingerprint": fingerprint(module)}
-        blob = None if by_reference else pack(module.state_dict(), {"backbone": FORMAT, **described})
+        blob = (
+            None if by_reference else pack(module.state_dict(), {"backbone": FORMAT, **described})
+        )
         return cls(Store.create(path, described, blob), module)
 
     @classmethod
@@ -323,7 +325,11 @@ class Bank:
             "head_features": domain.head_features,
             "preprocessing": None if preprocessing is None else preprocessing.to_json(),
             "metrics": dict(metrics or {}),
-            "provenance": {"onetrunk": __version__, "torch": torch.__version__, **(provenance or {})},
+            "provenance": {
+                "onetrunk": __version__,
+                "torch": torch.__version__,
+                **(provenance or {}),
+            },
             "numbers": sum(t.numel() for t in tensors.values()),
         }
         try:

@@ -67,8 +67,8 @@ class Folder:
     # Reading
 
     def load(self) -> tuple[Manifest, Glance | None]:
-        """The current manifest, and the glance that recognises it (None: it changes just now)."""
-        glance = self.glance()
+        """The current manifest, and the glance that recognises it."""
+        glance = self.glance()  # first: if the file changes in between, it merely is read again
         try:
             data = read_checked(self.manifest, limit=manifests.MAX_BYTES, disk=self.disk)
         except (FileNotFoundError, NotADirectoryError):
@@ -77,8 +77,7 @@ class Folder:
             ) from None
         except OSError as error:
             raise BankError(f"cannot open bank {self.path}: {reason(error)}") from error
-        is_same = glance is not None and data.startswith(glance[1])
-        return manifests.decode(data, str(self.manifest)), glance if is_same else None
+        return manifests.decode(data, str(self.manifest)), glance
 
     def glance(self) -> Glance | None:
         """What tells in 10 us whether `bank.json` is still the one that was read.

@@ -7,28 +7,24 @@ cannot be adapted gets a reason instead of a site: nothing is skipped silently.
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import MergeError
-
 STAGES = ("early", "mid", "late")
 
-# Convolutions whose forward is known, by class name and the package that defines it: how they
-# pad ("given": as the module says; "same": as TensorFlow, by the input's size) and whether they
-# standardise their weight in every forward.
+# Convolutions with a forward of their own that is known, by package and class name: how they pad
+# ("given": as the module says; "same": as TensorFlow, by the input's size) and whether they
+# standardise their weight in every forward. Any other class must have torch's own forward.
 KNOWN_CONVS: dict[tuple[str, str], tuple[Literal["given", "same"], bool]] = {
-    ("torch", "Conv2d"): ("given", False),
-    ("timm", "Conv2d"): ("given", False),
     ("timm", "Conv2dSame"): ("same", False),
     ("timm", "StdConv2d"): ("given", True),
     ("timm", "StdConv2dSame"): ("same", True),
     ("timm", "ScaledStdConv2d"): ("given", True),
     ("timm", "ScaledStdConv2dSame"): ("same", True),
 }
-KNOWN_LINEARS = {("torch", "Linear"), ("timm", "Linear")}
+KNOWN_LINEARS = {("timm", "Linear")}
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,9 @@ class Site:
         order: place in the order of execution, from 0; -1 where nothing was executed.
         stage: `early`, `mid` or `late`; empty where nothing was executed.
         out_hw: pixels of the output for the traced input; (positions, 1) at a linear layer.
-        positions: output positions an image: h w, or the number of tokens.
+        positions: output positions an image, h w or the number of tokens; summed over the calls of
+            a layer that is called more than once.
+        n_other: numbers of the frozen layer beside its weight: bias, gains.
     """
 
     name: str
@@ -63,6 +61,7 @@ class Site:
     stage: str = ""
     out_hw: tuple[int, int] = (0, 0)
     positions: int = 0
+    n_other: int = 0
 
     @property
     def spatial(self) -> bool:
@@ -100,7 +99,9 @@ def site_of(name: str, module: nn.Module) -> Site | str | None:
     if isinstance(module, nn.Linear):
         if not _forward_known(module, nn.Linear, KNOWN_LINEARS):
             return f"{type(module).__name__} computes in its own way: its forward is not Linear's"
-        return Site(name, "linear", module.in_features, module.out_features)
+        return Site(
+            name, "linear", module.in_features, module.out_features, n_other=_n_other(module)
+        )
     if not _forward_known(module, nn.Conv2d, set(KNOWN_CONVS)):
         return f"{type(module).__name__} computes in its own way: its forward is not Conv2d's"
     pads, standardised = KNOWN_CONVS.get(package_and_class(module), ("given", False))
@@ -115,18 +116,25 @@ def site_of(name: str, module: nn.Module) -> Site | str | None:
         module.groups,
         pads == "same" and getattr(module, "same_pad", True),
         standardised,
+        n_other=_n_other(module),
     )
     if module.padding_mode != "zeros" and not Tap.of(module, site).reads_only_pixels:
         return f"it pads with {module.padding_mode!r} where a 1x1 filter would see zeros"
     return site
 
 
+def _n_other(module: nn.Module) -> int:
+    every = sum(p.numel() for p in module._parameters.values() if p is not None)
+    weight = module._parameters["weight"]
+    return every - (0 if weight is None else weight.numel())
+
+
 def _forward_known(module: nn.Module, base: type[nn.Module], known: set[tuple[str, str]]) -> bool:
     if package_and_class(module) in known:
         return True
-    cls = type(module)
+    cls: Any = type(module)
     inner = getattr(cls, "_conv_forward", None) is getattr(base, "_conv_forward", None)
-    return cls.forward is base.forward and inner
+    return bool(cls.forward is base.forward and inner)
 
 
 def _pair(value: object) -> tuple[int, int]:
@@ -138,8 +146,8 @@ class Tap:
     """The place in a kernel where a 1x1 filter beside the convolution sits.
 
     Output pixel j sees input pixel s j - left + t d at tap t. The tap is the one that sees pixel
-    s j (t d = left: the centre for k = 3, padding 1), else the centre. `pick` gives the pixels under
-    the tap, so that adding A at the tap is exact for every input size.
+    s j (t d = left: the centre for k = 3, padding 1), else the centre. `pick` gives the pixels
+    under the tap, so that adding A at the tap is exact for every input size.
     """
 
     tap: tuple[int, int]
@@ -163,11 +171,12 @@ class Tap:
         """Whether the tap never sees padding, whatever the input's size."""
         if self.padding is None:
             return False
-        return all(
-            self.padding[axis][0] == self.tap[axis] * self.dilation[axis]
-            and self.padding[axis][1] <= (self.kernel[axis] - 1 - self.tap[axis]) * self.dilation[axis]
-            for axis in (0, 1)
-        )
+        for (left, right), tap, kernel, dilation in zip(
+            self.padding, self.tap, self.kernel, self.dilation, strict=True
+        ):
+            if left != tap * dilation or right > (kernel - 1 - tap) * dilation:
+                return False
+        return True
 
     def pick(self, x_bihw: Tensor, out_hw: torch.Size) -> Tensor:
         """The input pixel under the tap for every output pixel: (b, i, *out_hw)."""
@@ -212,28 +221,24 @@ def _tap(kernel: int, dilation: int, left: int | None) -> int:
     return (kernel - 1) // 2
 
 
-def effective_weight(module: nn.Module) -> Tensor:
-    """The bank that a known layer really convolves with: standardised where it standardises.
-
-    Raises:
-        MergeError: for a standardising convolution whose rule is not known.
-    """
+def effective_weight(module: nn.Conv2d | nn.Linear) -> Tensor:
+    """The bank that a known layer really convolves with: standardised where it standardises."""
     weight = module.weight.detach()
-    if package_and_class(module) not in KNOWN_CONVS or not KNOWN_CONVS[package_and_class(module)][1]:
+    _, standardised = KNOWN_CONVS.get(package_and_class(module), ("given", False))
+    if not standardised:
         return weight
-    gain = None
-    if type(module).__name__.startswith("ScaledStdConv2d"):
-        gain = (module.gain.detach() * module.scale).view(-1).to(weight)
-    elif not type(module).__name__.startswith("StdConv2d"):
-        raise MergeError(
-            f"{type(module).__name__} standardises its weight by an unknown rule: "
-            "merge the other sites and keep this one attached."
-        )
-    flat_1of = weight.reshape(1, weight.shape[0], -1)
-    standardised = torch.nn.functional.batch_norm(
-        flat_1of, None, None, weight=gain, training=True, momentum=0.0, eps=module.eps
+    layer: Any = module
+    gain = layer.gain.detach() * layer.scale if hasattr(layer, "gain") else None
+    flat_1of = torch.nn.functional.batch_norm(
+        weight.reshape(1, weight.shape[0], -1),
+        None,
+        None,
+        weight=None if gain is None else gain.view(-1).to(weight),
+        training=True,
+        momentum=0.0,
+        eps=layer.eps,
     )
-    return standardised.reshape_as(weight)
+    return flat_1of.reshape_as(weight)
 
 
 def natural_key(name: str) -> list[object]:

@@ -7,6 +7,7 @@ never reach the backbone or another domain, while memory holds the backbone once
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,12 @@ def own_tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` where `name` is."""
-    parent, _, last = name.rpartition(".")
-    setattr(root.get_submodule(parent), last, module)
+    """Puts `module` where `name` is, and wherever else `root` calls that same module."""
+    old = root.get_submodule(name)
+    for parent in list(root.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, key, module)
 
 
 _NORMS = (
@@ -45,7 +49,7 @@ _NORMS = (
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether `module` is a norm with numbers of its own: torch's, timm's, torchvision's or similar.
+    """Whether `module` is a norm with numbers of its own, of torch, timm, torchvision or a user.
 
     By class for torch's own; by name (BatchNormAct2d, LayerNorm2d, FrozenBatchNorm2d, EvoNorm,
     FilterResponseNorm, GlobalResponseNorm, RMSNorm ...) for the rest.
@@ -71,13 +75,11 @@ class Frozen(nn.Module):
         self.layer.eval()
         return self
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         return passed_on(self, "layer", super().__getattr__, name)
 
 
-def passed_on(
-    wrapper: nn.Module, inner: str, own: Callable[[str], object], name: str
-) -> object:
+def passed_on(wrapper: nn.Module, inner: str, own: Callable[[str], Any], name: str) -> Any:
     """An attribute of `wrapper`, else of the layer it wraps, which others ask for its facts."""
     try:
         return own(name)
@@ -101,14 +103,23 @@ def frozen_pairs(
     backbone.
     """
     inside, theirs = model.state_dict(), backbone.state_dict()
-    wrapped = [
-        name for name, module in model.named_modules() if type(module).__name__ in WRAPPERS
-    ]
-    renamed = {f"{name}.layer.": f"{name}." for name in wrapped}
+    wrapped = {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if type(module).__name__ in WRAPPERS
+    }
     for name in sorted(frozen):
-        path = name.rpartition(".")[0] + "."
-        original = name.replace(path, renamed[path], 1) if path in renamed else name
+        original = _unwrapped(name, wrapped)
         yield inside[name], theirs[original], original
+
+
+def _unwrapped(name: str, wrapped: set[str]) -> str:
+    """`site.weight` for `site.layer.weight`, where `site` is a wrapper."""
+    parts = name.split(".")
+    for k, part in enumerate(parts):
+        if part == "layer" and ".".join(parts[:k]) in wrapped:
+            return ".".join(parts[:k] + parts[k + 1 :])
+    return name
 
 
 WRAPPERS = ("Adapted", "Frozen")

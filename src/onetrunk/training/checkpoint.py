@@ -1,85 +1,149 @@
-"""Checkpoints: a training's state in one safetensors file that checks itself. No pickle.
+"""Checkpoints: a training's state in one safetensors file that checks itself.
 
 Tensors are named network.*, best.*, good.* and optimizer.*; the card holds the step, the best
-accuracy and what the training must agree on (recipe, family, classes, images, threads).
+accuracy, what a training must agree on to go on from it (recipe, family, classes, backbone, data),
+and what it was computed with (threads, torch, device), which only makes it go on bit for bit.
 """
 
+import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import TrainingError
-from ..files import read_checked, write_atomically
+from ..errors import DamagedError, TrainingError
+from ..files import read_checked, reason, write_atomically
 from ..tensorfile import pack, unpack
 
+FORMAT = 1
 PARTS = ("network", "best", "good", "optimizer")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything from which a training goes on bit for bit."""
+    """Everything from which a training goes on bit for bit.
 
-    identity: dict[str, Any]
+    Args:
+        identity: what the training that goes on must agree on.
+        computed_with: what it should agree on; JSON values, as in `identity`.
+        step: steps done.
+        epochs: epochs done, validation included.
+        best_accuracy: of `best`; -1 where there is none.
+        network, best, good: the domain's own tensors at `step`, at the best epoch by validation (none
+            yet: empty), and at the end of the last epoch (or at the start).
+        optimizer: the optimiser's tensors, as `<parameter's number>.<name>`.
+    """
+
+    identity: Mapping[str, Any]
+    computed_with: Mapping[str, Any]
     step: int
+    epochs: int
     best_accuracy: float
-    network: dict[str, Tensor]
-    best: dict[str, Tensor] | None
-    good: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    network: Mapping[str, Tensor]
+    best: Mapping[str, Tensor]
+    good: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes or replaces the file: whole or not at all, whenever the process is killed."""
+    """Writes or replaces the file: whole or not at all, whenever the process is killed.
+
+    Raises:
+        TrainingError: where the file system refuses; the old file is then still there.
+    """
     tensors = {
         f"{part}.{name}": tensor
         for part in PARTS
-        for name, tensor in (getattr(checkpoint, part) or {}).items()
+        for name, tensor in getattr(checkpoint, part).items()
     }
     card = {
-        "checkpoint": 1,
+        "checkpoint": FORMAT,
         "identity": checkpoint.identity,
+        "computed_with": checkpoint.computed_with,
         "step": checkpoint.step,
+        "epochs": checkpoint.epochs,
         "best_accuracy": checkpoint.best_accuracy,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, pack(tensors, card))
+    data = pack(tensors, card)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+    except OSError as error:
+        raise TrainingError(f"cannot write the checkpoint {path}: {reason(error)}") from error
 
 
-def read_checkpoint(path: Path, identity: dict[str, Any]) -> Checkpoint:
-    """The checkpoint of the training that `identity` describes.
+def read_checkpoint(
+    path: Path, identity: Mapping[str, Any], computed_with: Mapping[str, Any]
+) -> Checkpoint:
+    """The checkpoint of the training that `identity` describes; warns where `computed_with` differs.
 
     Raises:
         DamagedError: where the file's bytes are not what was written.
         TrainingError: where it belongs to another training; the message says in what they differ.
     """
-    tensors, card = unpack(read_checked(path), str(path))
-    saved = card.get("identity", {})
-    different = {k for k in identity if k != "threads" and saved.get(k) != identity[k]}
-    if different:
-        lines = [f"{k}: it has {saved.get(k)!r}, this has {identity[k]!r}" for k in sorted(different)]
+    tensors, card = unpack(_bytes_of(path), str(path))
+    if card.get("checkpoint") != FORMAT:
         raise TrainingError(
-            f"{path} is the checkpoint of another training ({'; '.join(lines)}). "
-            "Train with what it has, or start over without it."
+            f"{path} is no checkpoint of a training (of format {FORMAT}). "
+            "Give another file name for the checkpoint."
         )
-    if saved.get("threads") != identity["threads"]:
+    saved = _checkpoint(path, tensors, card)
+    if different := _differences(saved.identity, identity):
+        raise TrainingError(
+            f"{path} is the checkpoint of another training (- its, + this one's):\n"
+            + "\n".join(different)
+            + "\nTrain with what it has, or remove it to start over."
+        )
+    if different := _differences(saved.computed_with, computed_with):
         warnings.warn(
-            f"{path} was written with {saved.get('threads')} threads, this process has "
-            f"{identity['threads']}: training goes on, but not bit for bit.",
-            stacklevel=3,
+            f"{path} was computed with something else (- then, + here), so the training goes on, "
+            "but not bit for bit:\n" + "\n".join(different),
+            stacklevel=4,  # the caller of fit
         )
+    return saved
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return read_checked(path)
+    except OSError as error:
+        raise TrainingError(f"cannot read the checkpoint {path}: {reason(error)}") from error
+
+
+def _checkpoint(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> Checkpoint:
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = tensor
-    return Checkpoint(
-        identity=saved,
-        step=card["step"],
-        best_accuracy=card["best_accuracy"],
-        network=parts["network"],
-        best=parts["best"] or None,
-        good=parts["good"],
-        optimizer=parts["optimizer"],
-    )
+    try:
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        return Checkpoint(
+            identity=dict(card["identity"]),
+            computed_with=dict(card["computed_with"]),
+            step=int(card["step"]),
+            epochs=int(card["epochs"]),
+            best_accuracy=float(card["best_accuracy"]),
+            **parts,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(
+            f"{path}: a checkpoint without its parts ({type(error).__name__}: {error}). "
+            "Remove it to start over."
+        ) from None
+
+
+def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Two lines for every key in which they differ; a tuple is what JSON makes of it, a list."""
+    ours = json.loads(json.dumps(ours))
+    lines = []
+    for key in sorted({*saved, *ours}):
+        if saved.get(key) != ours.get(key):
+            lines += [f"- {key} {_shown(saved.get(key))}", f"+ {key} {_shown(ours.get(key))}"]
+    return lines
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -57,6 +57,17 @@ def linear_probe(
     return model.eval()
 
 
+@torch.no_grad()
+def start_from_probe(model: nn.Module, probe: nn.Module) -> None:
+    """Fills the head of `model` with that of a linear probe over the same backbone and classes.
+
+    Training then starts from what the backbone knows already (linear probing before fine-tuning,
+    Kumar et al., ICLR 2022), not from a random head whose first gradients disturb the features.
+    """
+    for name in domain_of(model).head:
+        model.get_submodule(name).load_state_dict(probe.get_submodule(name).state_dict())
+
+
 def features_of(
     model: nn.Module,
     head: str,

@@ -86,8 +86,10 @@ def check_options(family: Family, init: str, dropout: float = 0.0) -> None:
             f"{family.name}(init={init!r}): the initialisations are 'identity' (a fresh domain "
             "computes what the backbone computes) and 'released' (the authors' code)."
         )
-    if not 0 <= dropout < 1:
-        raise AttachError(f"{family.name}(dropout={dropout}): dropout is a share from 0 to below 1.")
+    if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
+        raise AttachError(
+            f"{family.name}(dropout={dropout!r}): dropout is a share from 0 to below 1."
+        )
 
 
 def mix_channels(x: Tensor, a_oi: Tensor, site: Site, groups: int | None = None) -> Tensor:

@@ -21,7 +21,7 @@ class Full(Family):
     scope: ClassVar[Literal["adapters", "head", "everything"]] = "everything"
 
     def n_numbers(self, site: Site) -> int:
-        return site.n_weights
+        return site.n_weights + site.n_other
 
     def make(self, site: Site, generator: Generator) -> None:
         return None

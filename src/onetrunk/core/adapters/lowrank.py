@@ -40,7 +40,7 @@ class LowRank(Family):
         check_options(self, self.init, self.dropout)
         if not isinstance(self.rank, int) or self.rank < 1:
             raise AttachError(
-                f"lowrank(rank={self.rank}): rank must be a whole number, at least 1. "
+                f"lowrank(rank={self.rank!r}): rank must be a whole number, at least 1. "
                 "To adapt nothing at a site, leave the site out."
             )
 

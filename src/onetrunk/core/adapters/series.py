@@ -52,7 +52,8 @@ class SeriesAdapter(Adapter):
     def __init__(self, site: Site, family: Series, generator: Generator) -> None:
         super().__init__()
         self.site = site
-        self.norm = (nn.BatchNorm2d if site.kind == "conv" else nn.BatchNorm1d)(site.cout)
+        norm = nn.BatchNorm2d if site.kind == "conv" else nn.BatchNorm1d
+        self.norm: nn.modules.batchnorm._BatchNorm = norm(site.cout)
         a_oo = torch.zeros(site.cout, site.cout // site.groups)
         if family.init == "released":
             a_oo.normal_(0.0, (2 / site.cout) ** 0.5, generator=generator)
@@ -79,13 +80,16 @@ class SeriesAdapter(Adapter):
         return merged_oikk, bias_gp1.flatten()
 
 
-def norm_gain_and_shift(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+def norm_gain_and_shift(
+    norm: nn.modules.batchnorm._BatchNorm, like: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gain and shift per channel of a batch norm in eval mode, in the dtype of `like`.
 
     BN(h) = gain . h + shift, gain = weight / sqrt(var + eps), shift = bias - gain . mean.
     """
+    assert norm.running_mean is not None and norm.running_var is not None
     gain_o = (norm.running_var.to(like) + norm.eps).rsqrt()
-    if norm.weight is not None:
+    if norm.affine:
         gain_o = gain_o * norm.weight.to(like)
     shift_o = -gain_o * norm.running_mean.to(like)
-    return gain_o, shift_o if norm.bias is None else shift_o + norm.bias.to(like)
+    return gain_o, shift_o + norm.bias.to(like) if norm.affine else shift_o

@@ -1,0 +1,1 @@
+"""The command line: argv -> values -> calls; the only room that prints."""

@@ -1,0 +1,477 @@
+"""The commands: argv -> values -> calls. Heavy imports happen inside the command that needs them.
+
+Exit status: 0; 1 for a failure, with one line on standard error that says what to do (Ctrl-C too);
+2 for wrong usage.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import BankError, OnetrunkError
+from .console import Screen, percent, size
+
+if TYPE_CHECKING:
+    from ..bank.bank import Bank, Card
+    from ..core.plan import Where
+
+app = typer.Typer(
+    name="onetrunk",
+    help="One vision network, many domains: a frozen backbone, a few per cent for each domain.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="The bank's folder.")]
+Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name in the bank.")]
+Source = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="SOURCE",
+        help="A folder of class folders (train/ val/ test/ below it or not), a folder with "
+        "train.parquet, hf:owner/name, torchvision:GTSRB, sklearn:digits, builtin:textures.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
+Device = Annotated[
+    str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        typer.echo(f"onetrunk {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None:
+    """One vision network, many domains: a frozen backbone, a few per cent for each domain."""
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="The bank's folder.")] = Path("quickstart.bank"),
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the chosen number.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Several real domains on one ImageNet backbone, in minutes and without a network.
+
+    Example: onetrunk quickstart --out demo.bank
+    """
+    from .quickstart import run
+
+    run(out, Screen(as_json), epochs)
+
+
+@app.command()
+def new(
+    bank: BankPath,
+    backbone: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="timm:NAME, torchvision:NAME or resnet26(width=0.5)."
+        ),
+    ] = "timm:tf_efficientnet_lite0",
+    weights: Annotated[
+        Path | None, typer.Option(help="A safetensors file with the backbone's weights.")
+    ] = None,
+    by_reference: Annotated[
+        bool, typer.Option("--by-reference", help="Store the name, not the weights.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a bank around a backbone.
+
+    Example: onetrunk new garden.bank --backbone timm:resnet18.a1_in1k
+    """
+    from ..backbones import backbone as build_backbone
+    from ..bank.bank import Bank
+
+    screen = Screen(as_json)
+    if by_reference and weights is not None:
+        raise BankError(
+            "--by-reference stores the backbone's name only, which does not bring back --weights "
+            f"{weights}. Leave --by-reference out."
+        )
+    made = Bank.create(bank, build_backbone(backbone, weights=weights), by_reference=by_reference)
+    screen.say(f"{bank}: {made.backbone_form}, fingerprint {made.backbone_fingerprint[:12]}")
+    if made.backbone_form.startswith("resnet26") and weights is None:
+        screen.warn("resnet26 has no packaged weights yet: this backbone is untrained.")
+    screen.finish(
+        {
+            "bank": str(bank),
+            "backbone": made.backbone_form,
+            "fingerprint": made.backbone_fingerprint,
+        }
+    )
+
+
+@app.command()
+def train(
+    bank: BankPath,
+    domain: Domain,
+    data: Source,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FAMILY",
+            help="series, parallel, lowrank(rank=8), channelwise, norm, full or head; by default "
+            "what fits the backbone.",
+        ),
+    ] = None,
+    stages: Annotated[str, typer.Option(help="Any of early,mid,late.")] = "early,mid,late",
+    convs: Annotated[str, typer.Option(help="both, first or second of a block.")] = "both",
+    layers: Annotated[str, typer.Option(help="auto, spatial, pointwise or all.")] = "auto",
+    pattern: Annotated[str, typer.Option(help="A glob on layer names.")] = "*",
+    recipe: Annotated[
+        str, typer.Option(help="default, paper, released, or one with fields: default(lr=0.001).")
+    ] = "default",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    size_px: Annotated[
+        int | None, typer.Option("--size", min=8, help="Side of the images in pixels.")
+    ] = None,
+    flip: Annotated[
+        bool | None, typer.Option("--flip/--no-flip", help="Whether mirrored images keep the label.")
+    ] = None,
+    squash: Annotated[
+        bool, typer.Option("--squash", help="Ignore the aspect ratio instead of cropping.")
+    ] = False,
+    split: Annotated[
+        str, typer.Option(help="Shares for train,val,test where the source is not split.")
+    ] = "0.7,0.15,0.15",
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Compare with a linear probe.")
+    ] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Over a domain of that name.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a domain and store it in the bank.
+
+    Example: onetrunk train garden.bank flowers --data photos/flowers --adapter "lowrank(rank=8)"
+    """
+    import dataclasses
+
+    from ..bank.names import check_name
+    from ..core.adapters import read_family
+    from ..data import load
+    from ..training.recipe import read_recipe
+    from .training import Request, train_domain
+
+    screen = Screen(as_json)
+    check_name(domain)
+    opened = _open(bank)
+    if domain in opened.domains and not replace:
+        raise BankError(
+            f"bank {bank} has a domain {domain!r} already. Use --replace to train it anew, or "
+            "another name."
+        )
+    changes = {k: v for k, v in {"epochs": epochs, "seed": seed}.items() if v is not None}
+    request = Request(
+        domain=domain,
+        splits=load(data, split_fractions=_fractions(split)),
+        source=data,
+        family=None if adapter is None else read_family(adapter),
+        where=_where(stages, convs, layers, pattern),
+        recipe=dataclasses.replace(read_recipe(recipe), **changes),
+        size_px=size_px,
+        hflip=flip,
+        squash=squash,
+        probe=probe,
+        resume=resume,
+        replace=replace,
+        device=device,
+    )
+    screen.finish({"domain": domain, **train_domain(opened, request, screen).to_json()})
+
+
+@app.command()
+def evaluate(
+    bank: BankPath,
+    domain: Domain,
+    data: Source,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy of a domain on labelled images: overall, balanced, per class, calibration.
+
+    Example: onetrunk evaluate garden.bank flowers --data photos/flowers --split test
+    """
+    from ..data import load
+    from ..training.evaluate import evaluate as figures_of
+    from .training import split_of
+
+    if split not in ("train", "val", "test"):
+        raise typer.BadParameter(f"{split!r} is none of train, val, test", param_hint="--split")
+    screen = Screen(as_json)
+    model = _open(bank).load(domain)
+    images = split_of(load(data), split, data)
+    with screen.bar("evaluating") as show:
+        result = figures_of(model, images, device=device, progress=show)
+    if result.problems:
+        screen.warn(f"{len(result.problems)} images left out; the first: {result.problems[0][0]}")
+    screen.say(f"{domain}: {result.n_images} {split} images")
+    screen.say(f"  accuracy           {percent(result.accuracy)}")
+    screen.say(f"  balanced accuracy  {percent(result.balanced_accuracy)}")
+    screen.say(f"  calibration error  {percent(result.calibration_error)}")
+    found = result.confusion.sum(axis=1)
+    rows = [
+        (name, str(found[row]), percent(share))
+        for row, (name, share) in enumerate(result.per_class.items())
+    ]
+    screen.table(("class", "images", "found"), rows)
+    screen.finish({"domain": domain, "split": split, **result.to_json()})
+
+
+@app.command()
+def predict(
+    bank: BankPath,
+    domain: Domain,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Files or folders.")],
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes an image.")] = 3,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """The likeliest classes of image files.
+
+    Example: onetrunk predict garden.bank flowers holiday/ --top-k 3
+    """
+    from ..training.predict import predict as predictions_of
+
+    screen = Screen(as_json)
+    model = _open(bank).load(domain)
+    found = [p for path in images for p in predictions_of(model, path, top_k=top_k, device=device)]
+    for prediction in found:
+        likely = "  ".join(f"{name} {percent(p)}" for name, p in prediction.classes)
+        screen.say(f"{prediction.name}: {likely or prediction.problem}")
+    screen.finish(
+        [
+            {"image": p.name, "classes": [list(c) for c in p.classes], "problem": p.problem}
+            for p in found
+        ]
+    )
+    if all(prediction.problem for prediction in found):
+        raise BankError(f"none of the {len(found)} images can be read; the first: {found[0].problem}")
+
+
+@app.command("list")
+def list_domains(bank: BankPath, as_json: AsJson = False) -> None:
+    """The domains of a bank; reads its manifest only.
+
+    Example: onetrunk list garden.bank --json
+    """
+    screen = Screen(as_json)
+    opened = _open(bank)
+    cards = [opened.domains[name] for name in opened.domains]
+    screen.say(f"{bank}: {opened.backbone_form}, {len(cards)} domains")
+    rows = [
+        (c.name, str(len(c.classes)), c.family, size(c.size), _accuracy(c.metrics)) for c in cards
+    ]
+    if rows:
+        screen.table(("domain", "classes", "family", "size", "accuracy"), rows)
+    screen.finish(
+        {
+            "bank": str(bank),
+            "backbone": opened.backbone_form,
+            "fingerprint": opened.backbone_fingerprint,
+            "domains": [_card_json(card) for card in cards],
+        }
+    )
+
+
+@app.command()
+def show(bank: BankPath, domain: Domain, as_json: AsJson = False) -> None:
+    """Everything about one domain: classes, family, preprocessing, metrics, what it costs.
+
+    Example: onetrunk show garden.bank flowers
+    """
+    from ..core.attach import domain_of
+    from ..core.cost import cost
+
+    screen = Screen(as_json)
+    opened = _open(bank)
+    model = opened.load(domain)
+    card, record, costs = opened.domains[domain], domain_of(model), cost(model)
+    screen.say(f"{domain} in {bank}, on {opened.backbone_form}")
+    screen.say(f"  family         {card.family} at {len(record.plan)} sites")
+    screen.say(f"  classes        {len(card.classes)}: {', '.join(card.classes)}")
+    screen.say(f"  preprocessing  {record.preprocessing}")
+    screen.say(f"  metrics        {dict(card.metrics)}")
+    screen.say(f"  provenance     {dict(card.provenance)}")
+    screen.say(f"  digest         {card.digest}")
+    screen.say(str(costs))
+    if record.skipped:
+        screen.say(f"  {len(record.skipped)} layers without adapter:")
+        for name, reason in record.skipped.items():
+            screen.say(f"    {name or '(the network itself)'}: {reason}")
+    screen.finish(
+        {
+            **_card_json(card),
+            "classes": list(card.classes),
+            "plan": {site: str(family) for site, family in record.plan.items()},
+            "skipped": dict(record.skipped),
+            "preprocessing": record.preprocessing and record.preprocessing.to_json(),
+            "cost": costs.to_json(),
+        }
+    )
+
+
+@app.command()
+def verify(bank: BankPath, as_json: AsJson = False) -> None:
+    """Read every byte of a bank: hashes, domains as networks, the backbone's fingerprint.
+
+    Example: onetrunk verify garden.bank
+    """
+    screen = Screen(as_json)
+    found = _open(bank).verify()
+    screen.finish(
+        {
+            "ok": found.ok,
+            "domains": found.n_domains,
+            "fingerprint": found.fingerprint,
+            "problems": list(found.problems),
+        }
+    )
+    for problem in found.problems:
+        screen.say(f"  {problem}")
+    if not found.ok:
+        raise BankError(
+            f"bank {bank} has {len(found.problems)} problem(s); the first: {found.problems[0]}"
+        )
+    screen.say(f"{bank}: {found.n_domains} domains whole, backbone {found.fingerprint[:12]}")
+
+
+@app.command()
+def remove(
+    bank: BankPath,
+    domain: Domain,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove a domain and free its space; the others are not touched.
+
+    Example: onetrunk remove garden.bank flowers --yes
+    """
+    screen = Screen(as_json)
+    opened = _open(bank)
+    if domain in opened.domains and not yes:
+        if not sys.stdin.isatty():
+            raise typer.BadParameter("removing cannot be undone: say --yes", param_hint="--yes")
+        typer.confirm(f"Remove {domain!r} from {bank} for good?", abort=True)
+    opened.remove(domain)
+    screen.say(f"{bank}: {domain} removed, {len(opened.domains)} domains left")
+    screen.finish({"removed": domain, "domains": list(opened.domains)})
+
+
+@app.command()
+def export(
+    bank: BankPath,
+    domain: Domain,
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """The merged network's weights as one safetensors file, with class names and preprocessing.
+
+    The file fits the backbone's architecture after its norms are folded; it needs no onetrunk. The
+    merged network is compared with the domain's own on random images before anything is written.
+
+    Example: onetrunk export garden.bank flowers --out flowers.safetensors
+    """
+    from .exporting import export_weights
+
+    screen = Screen(as_json)
+    report = export_weights(_open(bank).load(domain), out)
+    screen.say(
+        f"{out}: {report['numbers']:,} numbers, {size(report['bytes'])}; differs from the domain's "
+        f"network by {report['difference']:.1e} of the largest logit"
+    )
+    screen.finish({"domain": domain, **report})
+
+
+def _open(path: Path) -> "Bank":
+    from ..bank.bank import Bank
+
+    return Bank.open(path)
+
+
+def _where(stages: str, convs: str, layers: str, pattern: str) -> "Where | None":
+    from ..core.plan import Where
+
+    names = tuple(name.strip() for name in stages.split(",") if name.strip())
+    where = Where(names, convs, layers, pattern)  # type: ignore[arg-type]
+    return None if where == Where() else where
+
+
+def _fractions(text: str) -> tuple[float, float, float]:
+    try:
+        train, val, test = (float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not three shares such as 0.7,0.15,0.15", param_hint="--split"
+        ) from None
+    return train, val, test
+
+
+def _accuracy(metrics: Any) -> str:
+    for name in ("test_accuracy", "val_accuracy"):
+        if isinstance(metrics.get(name), float):
+            return percent(metrics[name])
+    return ""
+
+
+def _card_json(card: "Card") -> dict[str, Any]:
+    return {
+        "name": card.name,
+        "classes": len(card.classes),
+        "family": card.family,
+        "numbers": card.numbers,
+        "size": card.size,
+        "digest": card.digest,
+        "metrics": dict(card.metrics),
+        "provenance": dict(card.provenance),
+    }
+
+
+def main() -> None:
+    """The entry point: errors become one line and an exit status."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except OnetrunkError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("stopped; nothing half-written is left. A training goes on with --resume.")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        _fail(
+            "torch and torchvision come from different builds. Install both again from one place: "
+            "pip install --force-reinstall torch torchvision"
+        )
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # a usage error of the parser
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+def _fail(message: str) -> None:
+    line = "; ".join(part.strip() for part in message.splitlines() if part.strip())
+    sys.stderr.write(f"error: {line}\n")
+    sys.exit(1)

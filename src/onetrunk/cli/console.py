@@ -1,0 +1,127 @@
+"""What a person at a terminal sees: lines, tables, progress bars with time left; JSON for machines."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+
+class Bar(Protocol):
+    """A running progress bar."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """`done` of `total`, with a few words behind it."""
+
+
+class Screen:
+    """Where a command writes. With `as_json` only the final value goes out, as JSON."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.out = Console(soft_wrap=True, highlight=False)
+        self.err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+    def say(self, text: str = "") -> None:
+        """One line for a person."""
+        if not self.as_json:
+            self.out.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """One line on standard error, whatever the output is."""
+        self.err.print(f"note: {text}", markup=False, style="yellow")
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+        """A table; figures are right-aligned."""
+        if self.as_json:
+            return
+        table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+        for place, name in enumerate(head):
+            numeric = all(_numeric(row[place]) for row in rows)
+            table.add_column(name, justify="right" if numeric and rows else "left")
+        for row in rows:
+            table.add_row(*(_plain(cell) for cell in row))
+        self.out.print(table)
+
+    def finish(self, value: Any) -> None:
+        """The command's result, for machines."""
+        if self.as_json:
+            json.dump(_finite(value), sys.stdout, indent=1, default=str, allow_nan=False)
+            sys.stdout.write("\n")
+
+    @contextmanager
+    def bar(self, what: str) -> Iterator[Bar]:
+        """A progress bar with time left on standard error; none where that is no terminal.
+
+        It appears after two seconds: short work needs none.
+        """
+        if not self.err.is_terminal:
+            yield lambda done, total, note="": None
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        progress = Progress(*columns, console=self.err, transient=True)
+        task = progress.add_task(what, total=None, note="")
+        started, running = time.monotonic(), False
+
+        def show(done: int, total: int, note: str = "") -> None:
+            nonlocal running
+            if not running and time.monotonic() - started > 2:
+                progress.start()
+                running = True
+            progress.update(task, completed=done, total=total, note=note)
+
+        try:
+            yield show
+        finally:
+            progress.stop()
+
+
+def percent(share: float) -> str:
+    """0.1234 as `12.3 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def size(n_bytes: int) -> str:
+    """4_653_000 as `4.65 MB`."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= factor:
+            return f"{n_bytes / factor:.2f} {unit}"
+    return f"{n_bytes} B"
+
+
+def _numeric(cell: str) -> bool:
+    return cell[:1].isdigit() or cell[:1] in "-+" or cell == ""
+
+
+def _plain(cell: str) -> str:
+    return cell.replace("[", "\\[")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity have no form in JSON: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value

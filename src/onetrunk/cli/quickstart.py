@@ -1,0 +1,185 @@
+"""quickstart: five small, really different domains on one ImageNet backbone, and the proof.
+
+No network: the backbone is the packaged EfficientNet-Lite0, the images come with scikit-learn,
+scikit-image and matplotlib. After every addition the earlier domains' logits are compared bit for
+bit; at the end every domain is merged and compared, and the bank is verified.
+"""
+
+import dataclasses
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..backbones import backbone as build_backbone
+from ..bank.bank import Bank
+from ..core.merge import difference, merge
+from ..data import Prepared, load
+from ..errors import BankError, MergeError
+from ..training.recipe import Recipe
+from .console import Screen, percent, size
+from .picture import draw_domains
+from .training import Request, Trained, train_domain
+
+BACKBONE = "timm:tf_efficientnet_lite0"
+SIZE_PX = 64
+PICTURE = "quickstart.png"
+N_WATCHED = 16  # images a domain whose logits are compared
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A domain of the quickstart: where its images come from and how long it trains."""
+
+    name: str
+    source: str
+    epochs: int
+
+
+DOMAINS = (
+    Planned("digits", "sklearn:digits", 6),
+    Planned("glyphs", "builtin:glyphs", 8),
+    Planned("textures", "builtin:textures", 8),
+    Planned("faces", "builtin:faces", 12),
+    Planned("science", "builtin:science", 8),
+)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A domain's images and the logits it gave for them when it was added."""
+
+    images_bchw: Tensor
+    logits_bc: Tensor
+
+
+def run(out: Path, screen: Screen, epochs: int | None = None) -> None:
+    """Trains, shows, proves and draws; the bank lies at `out` afterwards.
+
+    Raises:
+        BankError: where `out` exists and is no bank of an earlier quickstart, or a proof fails.
+    """
+    started = time.monotonic()
+    _clear(out)
+    screen.say("one backbone: EfficientNet-Lite0 with its ImageNet weights, frozen")
+    bank = Bank.create(out, build_backbone(BACKBONE))
+    results: dict[str, Trained] = {}
+    watched: dict[str, Watched] = {}
+    for planned in DOMAINS:
+        results[planned.name] = _add(bank, planned, screen, epochs)
+        watched[planned.name] = _watch(bank, planned)
+        _prove_isolation(bank, watched, planned.name, screen)
+    screen.say()
+    _show(bank, results, screen)
+    screen.say()
+    worst = _prove_merge(bank, watched, screen)
+    verified = bank.verify()
+    if not verified.ok:
+        raise BankError(f"bank {out} is damaged: {verified.problems[0]}")
+    screen.say(f"verified    every byte and all {verified.n_domains} domains of {out}")
+    draw_domains(bank, results, out.with_name(PICTURE))
+    screen.say(f"picture     {out.with_name(PICTURE)}")
+    seconds = time.monotonic() - started
+    screen.say(f"\n{seconds:.0f} s. Next: onetrunk show {out} digits")
+    screen.say(f"      or: onetrunk train {out} mine --data FOLDER_OF_CLASS_FOLDERS")
+    screen.finish(
+        {
+            "bank": str(out),
+            "picture": str(out.with_name(PICTURE)),
+            "domains": {name: result.to_json() for name, result in results.items()},
+            "others_bit_identical": True,
+            "merged_difference": worst,
+            "verified": verified.ok,
+            "seconds": seconds,
+        }
+    )
+
+
+def _clear(out: Path) -> None:
+    """Makes room for the bank; only a bank made of this quickstart's domains is removed."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    names = {planned.name for planned in DOMAINS}
+    try:
+        mine = set(Bank.open(out).domains) <= names
+    except BankError:
+        mine = False
+    if not mine:
+        raise BankError(
+            f"{out} is there already and holds more than a quickstart. "
+            "Give another folder: onetrunk quickstart --out FOLDER"
+        )
+    shutil.rmtree(out)
+
+
+def _add(bank: Bank, planned: Planned, screen: Screen, epochs: int | None) -> Trained:
+    splits = load(planned.source)
+    recipe = dataclasses.replace(Recipe(), epochs=epochs or planned.epochs)
+    request = Request(planned.name, splits, planned.source, recipe=recipe, size_px=SIZE_PX)
+    return train_domain(bank, request, screen)
+
+
+def _watch(bank: Bank, planned: Planned) -> Watched:
+    model = bank.load(planned.name)
+    splits = load(planned.source).with_validation()
+    images = splits.test or splits.val
+    assert images is not None  # with_validation gives at least the second
+    few = images.subset(range(min(N_WATCHED, len(images))))
+    prepared = Prepared(few, model.domain.preprocessing)
+    images_bchw = prepared.preprocessing.evaluation_view(prepared.batch(range(len(prepared)))[0])
+    with torch.no_grad():
+        return Watched(images_bchw, model(images_bchw))
+
+
+def _prove_isolation(bank: Bank, watched: dict[str, Watched], new: str, screen: Screen) -> None:
+    """Loads every earlier domain again: its logits must be the very same bits."""
+    others = [name for name in watched if name != new]
+    for name in others:
+        with torch.no_grad():
+            again = bank.load(name)(watched[name].images_bchw)
+        if not torch.equal(again, watched[name].logits_bc):
+            raise BankError(f"adding {new!r} changed the logits of {name!r}: please report this.")
+    if others:
+        screen.say(f"  unchanged, bit for bit: {', '.join(others)}")
+
+
+def _prove_merge(bank: Bank, watched: dict[str, Watched], screen: Screen) -> float:
+    worst = 0.0
+    for name, seen in watched.items():
+        model = bank.load(name)
+        found = difference(model, merge(model), seen.images_bchw)
+        if found["difference"] > found["limit"]:
+            raise MergeError(f"merging {name!r} changes its logits: please report this.")
+        worst = max(worst, found["difference"])
+    screen.say(
+        f"merged      each domain is an ordinary network too: same logits within {worst:.0e}"
+    )
+    return worst
+
+
+def _show(bank: Bank, results: dict[str, Trained], screen: Screen) -> None:
+    head = ("domain", "classes", "images", "delta", "of backbone", "probe", "adapted", "seconds")
+    rows = [
+        (
+            name,
+            str(len(bank.domains[name].classes)),
+            str(result.n_images),
+            size(bank.domains[name].size),
+            percent(result.cost.share),
+            percent(result.probe_accuracy or 0.0),
+            percent(result.evaluation.accuracy),
+            f"{result.seconds:.0f}",
+        )
+        for name, result in results.items()
+    ]
+    screen.table(head, rows)
+    first = next(iter(results.values())).cost
+    deltas = sum(result.cost.delta_bytes for result in results.values())
+    together, apart = first.backbone_bytes + deltas, first.backbone_bytes * len(results)
+    screen.say(
+        f"\n{len(results)} domains in {size(together)}; as fine-tuned networks {size(apart)}"
+    )
+    screen.say("isolated    adding each domain left the others' logits the same, bit for bit")

@@ -1,0 +1,258 @@
+"""train: one domain from a data source into a bank, with the linear probe as its yardstick."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..bank.bank import Bank
+from ..core.adapters import Family
+from ..core.attach import attach, domain_of
+from ..core.cost import Cost, cost
+from ..core.plan import Where
+from ..data import Prepared, Preprocessing, Splits
+from ..errors import DataError
+from ..training.evaluate import Evaluation, evaluate
+from ..training.fit import fit
+from ..training.probe import linear_probe
+from ..training.recipe import Recipe
+from ..training.size import sensible_size
+from .console import Screen, percent, size
+
+UNFINISHED = "unfinished"  # the folder of checkpoints, in the bank
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to train, as the user asked for it."""
+
+    domain: str
+    splits: Splits
+    source: str
+    family: Family | None = None
+    where: Where | None = None
+    recipe: Recipe = Recipe()
+    size_px: int | None = None
+    hflip: bool | None = None
+    squash: bool = False
+    probe: bool = True
+    resume: bool = False
+    replace: bool = False
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it."""
+
+    model: nn.Module
+    evaluation: Evaluation
+    evaluated_on: str
+    probe_accuracy: float | None
+    cost: Cost
+    n_images: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        domain = domain_of(self.model)
+        return {
+            "accuracy": self.evaluation.accuracy,
+            "balanced_accuracy": self.evaluation.balanced_accuracy,
+            "evaluated_on": self.evaluated_on,
+            "linear_probe_accuracy": self.probe_accuracy,
+            "family": domain.family,
+            "sites": len(domain.plan),
+            "skipped": dict(domain.skipped),
+            "classes": list(domain.classes),
+            "train_images": self.n_images,
+            "delta_numbers": self.cost.numbers,
+            "delta_bytes": self.cost.delta_bytes,
+            "delta_share_of_backbone": self.cost.share,
+            "seconds": self.seconds,
+        }
+
+
+def train_domain(bank: Bank, request: Request, screen: Screen) -> Trained:
+    """Trains, evaluates and stores one domain; a killed run goes on with `resume`.
+
+    Raises:
+        OnetrunkError: of the room that refuses; the bank is then as it was.
+    """
+    started = time.monotonic()
+    splits = request.splits.with_validation()
+    screen.say(f"{request.domain}: {_described(splits)}")
+    preprocessing = _preprocessing(bank.backbone, request)
+    data = _prepared(splits, preprocessing, screen)
+    model = attach(
+        bank.backbone,
+        request.family,
+        splits.classes,
+        where=request.where,
+        preprocessing=preprocessing,
+        input_size=(preprocessing.channels, preprocessing.size_px, preprocessing.size_px),
+    )
+    _say_family(model, request, screen)
+    scored_on = "test" if data["test"] is not None else "val"
+    probed = None
+    if request.probe:
+        probed = _probe(bank.backbone, data, splits.classes, preprocessing, request, screen)
+    _fit(bank, model, data, request, screen)
+    result = evaluate(model, data[scored_on])
+    trained = Trained(
+        model,
+        result,
+        scored_on,
+        probed and evaluate(probed, data[scored_on]).accuracy,
+        cost(model),
+        len(data["train"] or ()),
+        time.monotonic() - started,
+    )
+    _store(bank, request, trained)
+    _say_result(trained, screen)
+    return trained
+
+
+def _described(splits: Splits) -> str:
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    counts = ", ".join(f"{len(part)} {name}" for name, part in parts.items() if part is not None)
+    return f"{len(splits.classes)} classes, images: {counts}"
+
+
+def _preprocessing(backbone: nn.Module, request: Request) -> Preprocessing:
+    hflip = request.hflip if request.hflip is not None else request.splits.hflip
+    px = request.size_px or sensible_size(backbone, request.splits.train)
+    base = Preprocessing.for_backbone(backbone, px, True if hflip is None else hflip)
+    if not request.squash:
+        return base
+    return Preprocessing(**{**base.__dict__, "crop": "squash"})
+
+
+def _prepared(
+    splits: Splits, preprocessing: Preprocessing, screen: Screen
+) -> dict[str, Prepared | None]:
+    data: dict[str, Prepared | None] = {}
+    for name in ("train", "val", "test"):
+        images = getattr(splits, name)
+        if images is None:
+            data[name] = None
+            continue
+        with screen.bar(f"reading {name} images") as show:
+            data[name] = prepared = Prepared(images, preprocessing, progress=show)
+        if prepared.problems:
+            first = prepared.problems[0]
+            screen.warn(
+                f"{len(prepared.problems)} of {len(images)} {name} images left out; the first: "
+                f"{first.name}: {first.reason}"
+            )
+    if splits.note:
+        screen.say(f"  {splits.note}")
+    if splits.skipped:
+        screen.warn(f"{len(splits.skipped)} files are no images, e.g. {splits.skipped[0]}")
+    return data
+
+
+def _say_family(model: nn.Module, request: Request, screen: Screen) -> None:
+    domain = domain_of(model)
+    chosen = "" if request.family else " (chosen for this backbone)"
+    px = domain.preprocessing.size_px if domain.preprocessing else 0
+    flips = "" if domain.preprocessing and domain.preprocessing.hflip else ", no flips"
+    screen.say(f"  {domain.family}{chosen} at {len(domain.plan)} sites; {px} px{flips}")
+    if domain.skipped:
+        name, reason = next(iter(domain.skipped.items()))
+        screen.say(f"  {len(domain.skipped)} layers without adapter, e.g. {name}: {reason}")
+
+
+def _probe(
+    backbone: nn.Module,
+    data: dict[str, Prepared | None],
+    classes: tuple[str, ...],
+    preprocessing: Preprocessing,
+    request: Request,
+    screen: Screen,
+) -> nn.Module:
+    with screen.bar("linear probe") as show:
+        return linear_probe(
+            backbone,
+            data["train"],
+            data["val"],
+            classes,
+            preprocessing=preprocessing,
+            device=request.device,
+            progress=show,
+        )
+
+
+def _fit(
+    bank: Bank,
+    model: nn.Module,
+    data: dict[str, Prepared | None],
+    request: Request,
+    screen: Screen,
+) -> None:
+    checkpoint = bank.path / UNFINISHED / f"{request.domain}.safetensors"
+    if checkpoint.exists() and not request.resume:
+        checkpoint.unlink()
+    elif request.resume and not checkpoint.exists():
+        screen.say("  nothing to resume: starting from the beginning")
+    best = 0.0
+    with screen.bar(f"training {request.domain}") as show:
+        steps = fit(
+            model,
+            data["train"],
+            request.recipe,
+            val=data["val"],
+            checkpoint=checkpoint,
+            device=request.device,
+        )
+        for step in steps:
+            best = max(best, step.val_accuracy or 0.0)
+            show(step.step, step.n_steps, f"loss {step.loss:.3f}, best {percent(best)}")
+
+
+def _store(bank: Bank, request: Request, trained: Trained) -> None:
+    metrics = {
+        f"{trained.evaluated_on}_accuracy": trained.evaluation.accuracy,
+        "balanced_accuracy": trained.evaluation.balanced_accuracy,
+        "linear_probe_accuracy": trained.probe_accuracy,
+    }
+    provenance = {
+        "data": request.source if ":" in request.source else Path(request.source).name,
+        "recipe": str(request.recipe),
+        "train_images": trained.n_images,
+    }
+    put = bank.replace if request.domain in bank.domains else bank.add
+    model = trained.model.to(next(bank.backbone.parameters()).device)
+    put(request.domain, model, metrics=metrics, provenance=provenance)
+    checkpoint = bank.path / UNFINISHED / f"{request.domain}.safetensors"
+    checkpoint.unlink(missing_ok=True)
+    if checkpoint.parent.exists() and not list(checkpoint.parent.iterdir()):
+        checkpoint.parent.rmdir()
+
+
+def _say_result(trained: Trained, screen: Screen) -> None:
+    accuracy = trained.evaluation.accuracy
+    against = ""
+    if trained.probe_accuracy is not None:
+        gain = accuracy - trained.probe_accuracy
+        against = f", linear probe {percent(trained.probe_accuracy)} ({100 * gain:+.1f} points)"
+    screen.say(f"  {trained.evaluated_on} accuracy {percent(accuracy)}{against}")
+    screen.say(
+        f"  {size(trained.cost.delta_bytes)}, {percent(trained.cost.share)} of a fine-tuned "
+        f"network; {trained.seconds:.0f} s"
+    )
+
+
+def split_of(splits: Splits, name: str, source: str) -> Any:
+    """One split by name.
+
+    Raises:
+        DataError: where the source has no such split.
+    """
+    images = getattr(splits, name)
+    if images is None:
+        there = [n for n in ("train", "val", "test") if getattr(splits, n) is not None]
+        raise DataError(f"{source} has no {name} split: it has {', '.join(there)}.")
+    return images

@@ -1,0 +1,79 @@
+"""Random numbers that are a function of a seed, and Ctrl-C that waits for the end of a step.
+
+Both make a training step a pure function of what is written in a checkpoint: dropout and the user's
+own random transforms draw from the seed of their step, whatever anybody else draws in between.
+"""
+
+import hashlib
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+
+CPU = torch.device("cpu")
+
+
+def seed_of(seed: int, purpose: str, number: int) -> int:
+    """63 bits that are unrelated for any two different (seed, purpose, number).
+
+    >>> seed_of(0, "order", 1) == seed_of(0, "dropout", 1)
+    False
+    """
+    digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextmanager
+def own_draws(device: torch.device = CPU) -> Iterator[None]:
+    """Whatever is drawn or seeded inside (torch, numpy, random), the caller's numbers go on as if
+    nothing were. Of several GPUs, the one of `device`; no other is touched.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    with ExitStack() as stack:
+        stack.callback(random.setstate, python)
+        stack.callback(np.random.set_state, numpy)
+        stack.callback(torch.set_rng_state, cpu)
+        if device.type == "cuda":
+            stack.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
+        elif device.type == "mps":
+            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        yield
+
+
+def reseed(seed: int, device: torch.device = CPU) -> None:
+    """Seeds torch's generators of the CPU and of `device`, numpy's and Python's.
+
+    Not `torch.manual_seed`: that reaches every GPU of the machine.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds SIGINT and SIGTERM back until the block is done; then they do what they always do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    held: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = {number: handler for number, handler in before.items() if handler is not None}
+    try:
+        for number in ours:
+            signal.signal(number, lambda number, _frame: held.append(number))
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+        for number in dict.fromkeys(held):
+            signal.raise_signal(number)
