@@ -103,7 +103,10 @@ def pretrain(name: str, epochs: int) -> None:
     start = time.time()
     for step in ot.fit(model, splits.train, recipe):
         if step.step % 100 == 0:
-            print(f"{name} {step.step}/{step.n_steps} loss {step.loss:.3f} {time.time() - start:.0f} s", flush=True)
+            print(
+                f"{name} {step.step}/{step.n_steps} loss {step.loss:.3f} {time.time() - start:.0f} s",
+                flush=True,
+            )
     accuracy = ot.evaluate(model, splits.val).accuracy
     WEIGHTS.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in model.state_dict().items()}, path)
@@ -145,7 +148,10 @@ def run(cell: Cell) -> dict[str, object]:
             backbone, family, splits.classes, preprocessing=preprocessing, input_size=size
         )
         if cell.start == "probe":
-            start_from_probe(model, linear_probe(backbone, train, val, splits.classes, preprocessing=preprocessing))
+            start_from_probe(
+                model,
+                linear_probe(backbone, train, val, splits.classes, preprocessing=preprocessing),
+            )
         best = 0.0
         for step in ot.fit(model, train, ot.read_recipe(cell.recipe), val=val):
             best = max(best, step.val_accuracy or 0.0)
@@ -173,7 +179,9 @@ def first_of_each_class(images, n: int):
 
 
 def cells(stage: str) -> list[Cell]:
-    return [Cell(**values) for values in json.loads((HERE / "recipe_cells.json").read_text())[stage]]
+    return [
+        Cell(**values) for values in json.loads((HERE / "recipe_cells.json").read_text())[stage]
+    ]
 
 
 def main() -> None:
@@ -186,7 +194,11 @@ def main() -> None:
         pretrain("convnext", epochs=8)
         pretrain("vit", epochs=12)
         return
-    done = {json.loads(line)["key"] for line in RESULTS.read_text().splitlines()} if RESULTS.exists() else set()
+    done = (
+        {json.loads(line)["key"] for line in RESULTS.read_text().splitlines()}
+        if RESULTS.exists()
+        else set()
+    )
     RESULTS.parent.mkdir(exist_ok=True)
     for cell in cells(arguments.stage):
         if cell.key in done:

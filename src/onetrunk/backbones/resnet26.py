@@ -5,10 +5,11 @@
           conv 3x3, norm, ReLU, conv 3x3, norm, plus the shortcut, ReLU
     norm, ReLU, average pool, linear
 
-The shortcut of a stage's first block is average pooling and zero channels: no parameters. At width 1
-the 25 convolutions hold 5,806,944 numbers. Initialised as released: N(0, 2 / (k k o)).
+The shortcut of a stage's first block is average pooling and zero channels: no parameters. At
+width 1 the 25 convolutions hold 5,806,944 numbers. Initialised as released: N(0, 2 / (k k o)).
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class ResNet26(nn.Module):
     def __init__(self, width: float = 1.0, num_classes: int = 1000, in_chans: int = 3) -> None:
         super().__init__()
         stem, *stages = (int(n * width) for n in (STEM_CHANNELS, *STAGE_CHANNELS))
-        if stem < 1 or any(wide != 2 * slim for slim, wide in zip((stem, *stages), stages)):
+        if stem < 1 or stem != STEM_CHANNELS * width:
             raise BackboneError(
                 f"resnet26(width={width}): its stages must double, so 32 width has to be a whole "
                 "number. Use for example 0.25, 0.5, 1.0 or 2.0."
@@ -59,7 +60,7 @@ class ResNet26(nn.Module):
                 nn.Sequential(
                     BasicBlock(cin, cout), *(BasicBlock(cout, cout) for _ in range(N_BLOCKS - 1))
                 )
-                for cin, cout in zip(widths, widths[1:])
+                for cin, cout in itertools.pairwise(widths)
             )
         )
         self.norm = nn.BatchNorm2d(self.num_features)

@@ -6,7 +6,7 @@ module whose form cannot be told is written `module:its.class`, and its owner ha
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import written
 from ..errors import BackboneError, MissingExtraError, SpecError
 from . import packaged
-from .resnet26 import ResNet26, resnet26
+from .resnet26 import STEM_CHANNELS, ResNet26, resnet26
 
 Loader = Callable[[str, dict[str, Any], bool], nn.Module]
 SEED = 0  # of the random weights that a form without pretrained ones starts from
@@ -56,13 +56,20 @@ def read_form(text: str) -> Form:
             f"cannot read backbone {text!r}: write timm:NAME, torchvision:NAME or "
             "resnet26(width=0.5), options in brackets: timm:NAME(in_chans=1)."
         )
-    fields = written.read(f"f({options}", "backbone options of " + text)[1] if bracket else {}
-    return Form(source, name, fields)
+    return Form(source, name, _options(text, options) if bracket else {})
 
 
-def backbone(
-    form: str, *, pretrained: bool = True, weights: str | Path | None = None
-) -> nn.Module:
+def _options(text: str, options: str) -> dict[str, Any]:
+    try:
+        return written.read(f"options({options}", "backbone")[1]
+    except SpecError:
+        raise SpecError(
+            f"cannot read the options of backbone {text!r}: write them as name=value with commas "
+            "between, for example timm:resnet18(in_chans=1)."
+        ) from None
+
+
+def backbone(form: str, *, pretrained: bool = True, weights: str | Path | None = None) -> nn.Module:
     """The backbone that a written form names, with its pretrained weights, in eval mode.
 
     Args:
@@ -115,7 +122,9 @@ def _torchvision(name: str, options: dict[str, Any], pretrained: bool) -> nn.Mod
 
     if name not in models.list_models():
         raise written.unknown("torchvision model", name, tuple(models.list_models()))
-    return _create(models.get_model, name, {**options, "weights": "DEFAULT" if pretrained else None})
+    return _create(
+        models.get_model, name, {**options, "weights": "DEFAULT" if pretrained else None}
+    )
 
 
 def _ours(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
@@ -132,7 +141,7 @@ def _create(make: Callable[..., nn.Module], name: str, options: dict[str, Any]) 
         return make(name, **options)
     except BackboneError:
         raise
-    except (TypeError, AssertionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # whatever a constructor raises is only reported
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         offline = options.get("pretrained") or options.get("weights")
         hint = (
@@ -155,7 +164,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         )
     try:
         return safetensors.torch.load(path.read_bytes())
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise BackboneError(f"{path}: no readable safetensors file ({error}).") from error
 
 
@@ -193,16 +202,30 @@ def written_form(module: nn.Module) -> str:
 
 def _guess(module: nn.Module) -> str | None:
     if isinstance(module, ResNet26):
-        fields = {"width": module.stem.out_channels / 32, "num_classes": module.num_classes}
-        default = {"num_classes": 1000}
+        fields = {
+            "width": module.stem.out_channels / STEM_CHANNELS,
+            "num_classes": module.num_classes,
+            "in_chans": module.stem.in_channels,
+        }
+        default = {"num_classes": 1000, "in_chans": 3}
         return str(Form("", "resnet26", {k: v for k, v in fields.items() if default.get(k) != v}))
     config = getattr(module, "pretrained_cfg", None)
     if not config or not type(module).__module__.startswith("timm."):
         return None
     name = ".".join(filter(None, (config.get("architecture"), config.get("tag"))))
-    found = {"num_classes": getattr(module, "num_classes", None)}
-    options = {k: v for k, v in found.items() if v is not None and v != config.get(k)}
+    found = {"num_classes": getattr(module, "num_classes", None), "in_chans": _in_chans(module)}
+    stored = {"num_classes": config.get("num_classes"), "in_chans": _stored_in_chans(config)}
+    options = {k: v for k, v in found.items() if v is not None and v != stored[k]}
     return str(Form("timm", name, options)) if name else None
+
+
+def _in_chans(module: nn.Module) -> int | None:
+    convs = (m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
+    return next(convs, None)
+
+
+def _stored_in_chans(config: Mapping[str, Any]) -> int:
+    return int((config.get("input_size") or (3,))[0])
 
 
 def _same_architecture(module: nn.Module, form: str) -> bool:

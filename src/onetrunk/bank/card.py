@@ -6,6 +6,7 @@ type, an unknown key, a second way to say the same, or a size that the file's nu
 out is a DamagedError that names the file.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -23,8 +24,10 @@ from .manifest import plain_card
 
 FORMAT = 1
 LIGHT = ("family", "classes", "preprocessing", "metrics", "provenance", "numbers")
-KEYS = {*LIGHT, "domain", "backbone", "scope", "plan", "skipped", "head", "head_features"}
+REST = ("domain", "backbone", "scope", "plan", "skipped", "head", "head_features", "input_size")
+KEYS = {*LIGHT, *REST}
 MAX_FAMILY_LETTERS = 200
+MAX_INPUT_NUMBERS = 1 << 26  # of one image: 256 MB in float32
 
 
 @dataclass(frozen=True)
@@ -67,37 +70,38 @@ class Blueprint:
     head: tuple[str, ...]
     head_features: int
     preprocessing: Preprocessing | None
+    input_size: tuple[int, int, int] | None
     numbers: int
 
     def build(self, backbone: nn.Module) -> nn.Module:
         """The network over `backbone`, its own numbers still those of a fresh domain."""
-        with torch.random.fork_rng(devices=[]):
-            return build(
-                backbone,
-                scope=self.scope,
-                family=self.family,
-                plan=self.plan,
-                skipped=self.skipped,
-                classes=self.classes,
-                head=self.head,
-                head_features=self.head_features,
-                preprocessing=self.preprocessing,
-            )
+        return build(
+            backbone,
+            scope=self.scope,
+            family=self.family,
+            plan=self.plan,
+            skipped=self.skipped,
+            classes=self.classes,
+            head=self.head,
+            head_features=self.head_features,
+            preprocessing=self.preprocessing,
+            input_size=self.input_size,
+        )
 
     def refuse_unborne(self, tensors: Mapping[str, Tensor], backbone: nn.Module) -> None:
-        """Refuses (ValueError) sizes that the file's numbers do not bear out, before they cost memory."""
+        """Refuses (ValueError) sizes beyond the file's numbers, which would cost memory."""
         n_numbers = sum(tensor.numel() for tensor in tensors.values())
         _require(self.numbers == n_numbers, "numbers", f"the {n_numbers:,} that the file has")
+        n_head = self.head_features * len(self.classes)
+        _require(n_head <= n_numbers, "head_features", "borne out by the file's numbers")
         for name in self.head:
-            weight = tensors.get(f"{name}.weight")
-            n_rows = 0 if weight is None or weight.ndim == 0 else weight.shape[0]
-            _require(
-                n_rows == len(self.classes), "classes", f"the {n_rows:,} rows of {name}.weight"
-            )
-            layer = backbone.get_submodule(name)
-            features = getattr(layer, "in_features", self.head_features) or self.head_features
-            if weight is not None and weight.ndim == 2 and features:
-                _require(features == weight.shape[1], "head_features", str(weight.shape[1]))
+            own = [tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")]
+            n_rows = {tensor.shape[0] for tensor in own if tensor.ndim}
+            _require(len(self.classes) in n_rows, "classes", f"the rows of the file's {name}")
+            weight, layer = tensors.get(f"{name}.weight"), backbone.get_submodule(name)
+            n_features = getattr(layer, "in_features", self.head_features) or self.head_features
+            if weight is not None and weight.ndim == 2 and n_features:
+                _require(n_features == weight.shape[1], "head_features", str(weight.shape[1]))
 
 
 def write_card(
@@ -129,10 +133,14 @@ def write_card(
         "head": list(domain.head),
         "head_features": domain.head_features,
         "preprocessing": None if preprocessing is None else preprocessing.to_json(),
-        "metrics": _without_scalars(dict(metrics or {})),
-        "provenance": _without_scalars({**versions, **(provenance or {})}),
+        "input_size": None if domain.input_size is None else list(domain.input_size),
         "numbers": sum(tensor.numel() for tensor in tensors.values()),
     }
+    try:
+        card["metrics"] = _without_scalars(metrics or {})
+        card["provenance"] = _without_scalars({**versions, **(provenance or {})})
+    except RecursionError:
+        raise BankError(f"{what} holds a value that holds itself. Flatten it.") from None
     return plain_card(card, what)
 
 
@@ -202,8 +210,20 @@ def _blueprint(card: Mapping[str, Any]) -> Blueprint:
         head=_texts(card, "head"),
         head_features=_count(card, "head_features"),
         preprocessing=_preprocessing(card),
+        input_size=_input_size(card),
         numbers=_count(card, "numbers"),
     )
+
+
+def _input_size(card: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    found = card["input_size"]
+    if found is None:
+        return None
+    three = isinstance(found, list) and len(found) == 3
+    whole = three and all(type(side) is int and side > 0 for side in found)
+    fits = whole and math.prod(found) <= MAX_INPUT_NUMBERS
+    _require(fits, "input_size", "channels, rows and columns of an image")
+    return found[0], found[1], found[2]
 
 
 def _plan(found: Mapping[str, Any]) -> dict[str, Family]:

@@ -26,6 +26,7 @@ from onetrunk.files import (
 )
 
 MANIFEST, BLOBS, LOCK = "bank.json", "blobs", "bank.lock"
+UNFINISHED = "unfinished"  # checkpoints of trainings under way: no part of the bank
 Glance = tuple[Facts, bytes]
 _BLOB = re.compile(r"[0-9a-f]{64}\.safetensors")
 
@@ -112,7 +113,13 @@ class Folder:
         """Every file that `manifest` does not account for (OSError where they cannot be listed)."""
         found = [(name, name) for name in self.disk.names(self.path)]
         found += [(f"{BLOBS}/{name}", name) for name in self.disk.names(self.blobs)]
-        known = {MANIFEST, BLOBS, LOCK, *(f"{BLOBS}/{x}.safetensors" for x in manifest.blobs())}
+        known = {
+            MANIFEST,
+            BLOBS,
+            LOCK,
+            UNFINISHED,
+            *(f"{BLOBS}/{x}.safetensors" for x in manifest.blobs()),
+        }
         return [_stray(file, name) for file, name in found if file not in known]
 
     def refuse_odd_blobs(self) -> None:
@@ -128,7 +135,7 @@ class Folder:
                 "Put the folder itself there."
             )
 
-    # Writing: each of these asks for the lock to be held
+    # Writing: all but `lock` itself ask for the lock to be held
 
     @contextmanager
     def lock(self, doing: str, wait_s: float) -> Iterator[None]:

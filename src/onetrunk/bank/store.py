@@ -4,6 +4,7 @@
       bank.json                     the manifest: one generation of the bank, whole
       blobs/<sha256>.safetensors    immutable files, called by the SHA-256 of their bytes
       bank.lock                     held by the one writer; empty
+      unfinished/                   checkpoints of trainings under way; no part of the bank
 
 `bank.json` is a JSON object of at most 64 MiB with exactly these keys, in this order:
 

@@ -26,6 +26,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+CTRL_C = 130  # what the parser returns instead of raising KeyboardInterrupt
+
 BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="The bank's folder.")]
 Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name in the bank.")]
 Source = Annotated[
@@ -38,9 +40,7 @@ Source = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
-Device = Annotated[
-    str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")
-]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")]
 
 
 def _version(asked: bool) -> None:
@@ -80,9 +80,7 @@ def new(
     bank: BankPath,
     backbone: Annotated[
         str,
-        typer.Option(
-            metavar="NAME", help="timm:NAME, torchvision:NAME or resnet26(width=0.5)."
-        ),
+        typer.Option(metavar="NAME", help="timm:NAME, torchvision:NAME or resnet26(width=0.5)."),
     ] = "timm:tf_efficientnet_lite0",
     weights: Annotated[
         Path | None, typer.Option(help="A safetensors file with the backbone's weights.")
@@ -144,7 +142,8 @@ def train(
         int | None, typer.Option("--size", min=8, help="Side of the images in pixels.")
     ] = None,
     flip: Annotated[
-        bool | None, typer.Option("--flip/--no-flip", help="Whether mirrored images keep the label.")
+        bool | None,
+        typer.Option("--flip/--no-flip", help="Whether mirrored images keep the label."),
     ] = None,
     squash: Annotated[
         bool, typer.Option("--squash", help="Ignore the aspect ratio instead of cropping.")
@@ -180,14 +179,18 @@ def train(
             f"bank {bank} has a domain {domain!r} already. Use --replace to train it anew, or "
             "another name."
         )
-    changes = {k: v for k, v in {"epochs": epochs, "seed": seed}.items() if v is not None}
+    asked = read_recipe(recipe)
+    if epochs is not None:
+        asked = dataclasses.replace(asked, epochs=epochs)
+    if seed is not None:
+        asked = dataclasses.replace(asked, seed=seed)
     request = Request(
         domain=domain,
         splits=load(data, split_fractions=_fractions(split)),
         source=data,
         family=None if adapter is None else read_family(adapter),
         where=_where(stages, convs, layers, pattern),
-        recipe=dataclasses.replace(read_recipe(recipe), **changes),
+        recipe=asked,
         size_px=size_px,
         hflip=flip,
         squash=squash,
@@ -255,7 +258,8 @@ def predict(
 
     screen = Screen(as_json)
     model = _open(bank).load(domain)
-    found = [p for path in images for p in predictions_of(model, path, top_k=top_k, device=device)]
+    asked = images[0] if len(images) == 1 else images
+    found = predictions_of(model, asked, top_k=top_k, device=device)
     for prediction in found:
         likely = "  ".join(f"{name} {percent(p)}" for name, p in prediction.classes)
         screen.say(f"{prediction.name}: {likely or prediction.problem}")
@@ -266,7 +270,9 @@ def predict(
         ]
     )
     if all(prediction.problem for prediction in found):
-        raise BankError(f"none of the {len(found)} images can be read; the first: {found[0].problem}")
+        raise BankError(
+            f"none of the {len(found)} images can be read; the first: {found[0].problem}"
+        )
 
 
 @app.command("list")
@@ -345,10 +351,11 @@ def verify(bank: BankPath, as_json: AsJson = False) -> None:
             "domains": found.n_domains,
             "fingerprint": found.fingerprint,
             "problems": list(found.problems),
+            "remarks": list(found.remarks),
         }
     )
-    for problem in found.problems:
-        screen.say(f"  {problem}")
+    for line in (*found.problems, *found.remarks):
+        screen.say(f"  {line}")
     if not found.ok:
         raise BankError(
             f"bank {bank} has {len(found.problems)} problem(s); the first: {found.problems[0]}"
@@ -387,8 +394,8 @@ def export(
 ) -> None:
     """The merged network's weights as one safetensors file, with class names and preprocessing.
 
-    The file fits the backbone's architecture after its norms are folded; it needs no onetrunk. The
-    merged network is compared with the domain's own on random images before anything is written.
+    Where it can, the file fits the stock architecture, which the last line names; it needs no
+    onetrunk. It is compared with the domain's own network on random images before it is written.
 
     Example: onetrunk export garden.bank flowers --out flowers.safetensors
     """
@@ -400,6 +407,8 @@ def export(
         f"{out}: {report['numbers']:,} numbers, {size(report['bytes'])}; differs from the domain's "
         f"network by {report['difference']:.1e} of the largest logit"
     )
+    fits = report["architecture"]
+    screen.say(f"loads into {fits}" if fits else "norms are folded: no stock architecture fits it")
     screen.finish({"domain": domain, **report})
 
 
@@ -450,9 +459,11 @@ def _card_json(card: "Card") -> dict[str, Any]:
 def main() -> None:
     """The entry point: errors become one line and an exit status."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
+        status = app(standalone_mode=False)
+        if status == CTRL_C:
+            raise KeyboardInterrupt
+        if isinstance(status, int) and status:
+            sys.exit(status)
     except OnetrunkError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):

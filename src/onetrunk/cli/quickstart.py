@@ -19,6 +19,7 @@ from ..bank.bank import Bank
 from ..core.merge import difference, merge
 from ..data import Prepared, load
 from ..errors import BankError, MergeError
+from ..training.examples import preprocessing_of
 from ..training.recipe import Recipe
 from .console import Screen, percent, size
 from .picture import draw_domains
@@ -44,7 +45,7 @@ DOMAINS = (
     Planned("glyphs", "builtin:glyphs", 8),
     Planned("textures", "builtin:textures", 8),
     Planned("faces", "builtin:faces", 12),
-    Planned("science", "builtin:science", 8),
+    Planned("photos", "builtin:photos", 8),
 )
 
 
@@ -128,7 +129,7 @@ def _watch(bank: Bank, planned: Planned) -> Watched:
     images = splits.test or splits.val
     assert images is not None  # with_validation gives at least the second
     few = images.subset(range(min(N_WATCHED, len(images))))
-    prepared = Prepared(few, model.domain.preprocessing)
+    prepared = Prepared(few, preprocessing_of(model))
     images_bchw = prepared.preprocessing.evaluation_view(prepared.batch(range(len(prepared)))[0])
     with torch.no_grad():
         return Watched(images_bchw, model(images_bchw))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..bank.bank import Bank
+from ..bank.folder import UNFINISHED
 from ..core.adapters import Family
 from ..core.attach import attach, domain_of
 from ..core.cost import Cost, cost
@@ -20,8 +21,6 @@ from ..training.probe import linear_probe
 from ..training.recipe import Recipe
 from ..training.size import sensible_size
 from .console import Screen, percent, size
-
-UNFINISHED = "unfinished"  # the folder of checkpoints, in the bank
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def train_domain(bank: Bank, request: Request, screen: Screen) -> Trained:
         model,
         result,
         scored_on,
-        probed and evaluate(probed, data[scored_on]).accuracy,
+        None if probed is None else evaluate(probed, data[scored_on]).accuracy,
         cost(model),
         len(data["train"] or ()),
         time.monotonic() - started,

@@ -6,20 +6,31 @@ call computes is which object you call.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..data.preprocessing import Preprocessing
 from ..errors import AttachError, BackboneError, DataError
-from .adapters import Adapter, Family, Full
+from .adapters import Adapter, Family, Full, Norm
 from .plan import Plan, Where, default_family, place
 from .sites import Site, Tap, site_of
 from .trace import Size, Trace, timm_classifier, trace
-from .tree import Frozen, copy_tree, is_norm, own_tensors, passed_on, replace_module, storage_key
+from .tree import (
+    Frozen,
+    copy_tree,
+    is_norm,
+    own_tensors,
+    passed_on,
+    replace_module,
+    replace_modules,
+    storage_key,
+)
 
 Scope = Literal["adapters", "head", "everything"]
 
@@ -41,6 +52,8 @@ class Domain:
             neither 1 nor 3 channels, so that images cannot be prepared for it.
         frozen: names in `state_dict()` that are the backbone's own tensors.
         backbone: the backbone itself; the record never copies it.
+        input_size: channels, rows, columns that the backbone is known to run at; None where only
+            its own word counts.
     """
 
     classes: tuple[str, ...]
@@ -53,6 +66,7 @@ class Domain:
     preprocessing: Preprocessing | None
     frozen: frozenset[str]
     backbone: nn.Module
+    input_size: Size | None = None
 
     def __deepcopy__(self, memo: object) -> "Domain":
         return self  # a value: copies of the model share it
@@ -64,7 +78,10 @@ class Domain:
 class Adapted(nn.Module):
     """A frozen layer and the adapter that corrects its output."""
 
-    def __init__(self, layer: nn.Module, adapter: Adapter, site: Site) -> None:
+    layer: nn.Conv2d | nn.Linear
+    adapter: Adapter
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, adapter: Adapter, site: Site) -> None:
         super().__init__()
         self.layer, self.adapter = layer, adapter
         self.tap = Tap.of(layer, site) if isinstance(layer, nn.Conv2d) else None
@@ -72,11 +89,26 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
         if not self.adapter.reads_input:
-            return self.adapter(y, y)
-        return self.adapter(x if self.tap is None else self.tap.pick(x, y.shape[-2:]), y)
+            return _laid_out_as(y, self.adapter(y, y))
+        x = x if self.tap is None else self.tap.pick(x, y.shape[-2:])
+        return _laid_out_as(y, self.adapter(x, y))
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         return passed_on(self, "layer", super().__getattr__, name)
+
+
+def _laid_out_as(y: Tensor, corrected: Tensor) -> Tensor:
+    """`corrected` with y's strides along axes of size 1, where strides mean nothing.
+
+    The next layer picks its algorithm by them: on maps of 1x1 pixels a sum with other strides than
+    y's moved EfficientViM's features by 3e-8 although nothing was added.
+    """
+    if corrected.stride() == y.stride() or corrected.shape != y.shape:
+        return corrected
+    axes = zip(y.shape, y.stride(), corrected.stride(), strict=True)
+    if all(size == 1 or ours == theirs for size, ours, theirs in axes):
+        return corrected.as_strided(y.shape, y.stride())
+    return corrected
 
 
 @dataclass(frozen=True)
@@ -88,6 +120,24 @@ class _Refusal:
 
     def __call__(self, *_args: object, **_fields: object) -> None:
         raise AttachError(f"{self.method} would break this domain: {self.instead}")
+
+
+def _refuse_other_backbone(
+    model: nn.Module, state: Mapping[str, Any], prefix: str, *_rest: object
+) -> None:
+    """Before `load_state_dict`: it copies in place, so it would write into every domain at once."""
+    domain = getattr(model, "domain", None)
+    if not isinstance(domain, Domain):
+        return
+    own = model.state_dict()
+    for name in sorted(domain.frozen & {key.removeprefix(prefix) for key in state}):
+        given = state[prefix + name]
+        if given.shape == own[name].shape and not torch.equal(given.to(own[name]), own[name]):
+            raise AttachError(
+                f"load_state_dict: {name!r} is the backbone's, which its domains share, and the "
+                "given numbers differ from it: every domain would change. Load the domain's own "
+                "tensors only (strict=False), or attach to a backbone with those numbers."
+            )
 
 
 _RESET = _Refusal(
@@ -112,7 +162,8 @@ def attach(
 
     The backbone stays as it is, `requires_grad` included; any number of domains share its memory.
     Norms (affine and running statistics) and the classifier are the domain's. With `identity`
-    initialisation the fresh domain computes the backbone's features bit for bit.
+    initialisation the fresh domain computes the backbone's features bit for bit, as a backbone with
+    `requires_grad_(False)` does: torch may take another matrix product where gradients are wanted.
 
     Args:
         backbone: any module from images (b, c, h, w) to class scores or features.
@@ -121,8 +172,8 @@ def attach(
         classes: the names of the domain's classes, in the order of its logits.
         where: which sites; by default those where the backbone mixes channels.
         preprocessing: how images become inputs; by default the backbone's own.
-        input_size: channels, rows, columns for the one dry run that finds the sites; by default
-            what the backbone says of itself.
+        input_size: channels, rows, columns for the one dry run that finds the sites, and the side
+            that images are prepared for; by default what the backbone says of itself.
         head: the classifier's module path, where it is not found by itself.
         seed: of the fresh head and adapters; the global generator is not touched.
 
@@ -153,15 +204,16 @@ def attach(
         classes=names,
         head=traced.head,
         head_features=traced.head_features,
-        preprocessing=preprocessing or _default_preprocessing(backbone),
+        preprocessing=preprocessing or _default_preprocessing(backbone, traced.input_size),
         seed=seed,
+        input_size=traced.input_size,
     )
 
 
-def _default_preprocessing(backbone: nn.Module) -> Preprocessing | None:
+def _default_preprocessing(backbone: nn.Module, size: Size) -> Preprocessing | None:
     """The backbone's own, or None where it takes neither 1 nor 3 channels."""
     try:
-        return Preprocessing.for_backbone(backbone)
+        return Preprocessing.for_backbone(backbone, size_px=size[1] if size[1] == size[2] else None)
     except DataError:
         return None
 
@@ -181,12 +233,21 @@ def domain_of(model: nn.Module) -> Domain:
     return domain
 
 
+def own_size(domain: Domain) -> Size | None:
+    """Channels, rows, columns of the domain's own images; None where only the backbone can say."""
+    if domain.preprocessing is None:
+        return domain.input_size
+    side = domain.preprocessing.size_px
+    return domain.preprocessing.channels, side, side
+
+
 def _checked_classes(classes: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+    listed = isinstance(classes, Sequence) and not isinstance(classes, str)
+    if not listed or not all(isinstance(name, str) for name in classes):
         raise AttachError(f"classes={classes!r}: give a list of names, e.g. ['daisy', 'rose'].")
     if len(classes) < 2:
         raise AttachError(f"classes={list(classes)!r}: a domain needs at least two classes.")
-    twice = sorted({name for name in classes if list(classes).count(name) > 1})
+    twice = [name for name, count in Counter(classes).items() if count > 1]
     if twice:
         raise AttachError(f"classes: {twice[0]!r} is there twice; every class needs its own name.")
     return tuple(classes)
@@ -199,12 +260,14 @@ def _resolve(
         if where is not None:
             raise AttachError("a plan names its sites itself: leave `where` out.")
         return "adapters", _plan_text(family), dict(family), traced.skipped
-    family = family or default_family(traced)
+    family = family or default_family(traced, where)
     if not isinstance(family, Family):
         raise AttachError(
             f"family={family!r}: give a family such as Parallel() or LowRank(rank=8), or a plan."
         )
-    if family.scope == "head" or type(family).name == "norm":
+    if family.scope == "head" or isinstance(family, Norm):
+        if where is not None:
+            raise AttachError(f"{family} is placed at no layer: leave `where` out.")
         return family.scope, str(family), {}, {}
     if family.scope == "everything" and where is None:
         return "everything", str(family), {}, {}
@@ -213,7 +276,7 @@ def _resolve(
 
 
 def _plan_text(plan: Plan) -> str:
-    return " + ".join(sorted({str(family) for family in plan.values()}))
+    return " + ".join(sorted({str(family) for family in plan.values()})) or str(Norm())
 
 
 def build(
@@ -228,6 +291,7 @@ def build(
     head_features: int,
     preprocessing: Preprocessing | None,
     seed: int = 0,
+    input_size: Size | None = None,
 ) -> nn.Module:
     """The network that a plan describes, without running the backbone; `attach` after its dry run.
 
@@ -242,25 +306,44 @@ def build(
     _unfreeze(model, scope, plan)
     shared = {storage_key(t) for t in _all_tensors(backbone)}
     _replace_head(model, head, head_features, len(classes), generator)
-    for name, site in sites.items():
-        adapter = plan[name].build(site, generator)
-        if adapter is not None:
-            layer = model.get_submodule(name)
-            adapter.to(device=layer.weight.device, dtype=layer.weight.dtype)
-            replace_module(model, name, Adapted(layer, adapter, site))
+    replace_modules(model, _adapted(model, plan, sites, generator))
     if scope == "head":
-        _hold_norms(model)
+        _hold_norms(model, shared)
     state = model.state_dict(keep_vars=True)
-    frozen = frozenset(
-        name for name, t in state.items() if t.numel() and storage_key(t) in shared
-    )
+    frozen = frozenset(name for name, t in state.items() if t.numel() and storage_key(t) in shared)
+    for name in frozen:
+        state[name].requires_grad_(False)  # timm's reset_classifier wakes some: EfficientViM's
     model.domain = Domain(  # type: ignore[assignment]
         classes, family, scope, dict(plan), dict(skipped), head, head_features, preprocessing,
-        frozen, backbone,
+        frozen, backbone, input_size,
     )  # fmt: skip
     if hasattr(model, "reset_classifier"):
         model.reset_classifier = _RESET  # type: ignore[assignment]
+    model.register_load_state_dict_pre_hook(_refuse_other_backbone)
     return model
+
+
+def unmark(model: nn.Module) -> None:
+    """Takes off `model`, in place, what `build` marked it with as a domain's network."""
+    del model.domain
+    model.__dict__.pop("reset_classifier", None)
+    hooks = model._load_state_dict_pre_hooks
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "hook", None) is _refuse_other_backbone:
+            del hooks[key]
+
+
+def _adapted(
+    model: nn.Module, plan: Plan, sites: Mapping[str, Site], generator: Generator
+) -> dict[str, nn.Module]:
+    adapted: dict[str, nn.Module] = {}
+    for name, site in sites.items():
+        adapter = plan[name].build(site, generator)
+        if adapter is not None:
+            layer: Any = model.get_submodule(name)
+            adapter.to(device=layer.weight.device, dtype=layer.weight.dtype)
+            adapted[name] = Adapted(layer, adapter, site)
+    return adapted
 
 
 def _sites_of_plan(backbone: nn.Module, plan: Plan) -> dict[str, Site]:
@@ -285,7 +368,7 @@ def _all_tensors(module: nn.Module) -> Iterable[Tensor]:
 
 
 def _own_tensors(backbone: nn.Module, scope: Scope, plan: Plan) -> list[Tensor]:
-    """The tensors that the domain gets copies of: its norms, and buffers that a forward may write."""
+    """The tensors that the domain gets copies of: its norms, and buffers a forward may write."""
     if scope == "everything":
         return list(_all_tensors(backbone))
     own: list[Tensor] = []
@@ -308,38 +391,61 @@ def _unfreeze(model: nn.Module, scope: Scope, plan: Plan) -> None:
                     parameter.requires_grad_(True)
 
 
-def _hold_norms(model: nn.Module) -> None:
-    """Keeps every norm with running statistics in eval mode."""
-    held = [n for n, m in model.named_modules() if is_norm(m) and list(m.buffers())]
-    for name in held:
-        replace_module(model, name, Frozen(model.get_submodule(name)))
+def _hold_norms(model: nn.Module, shared: set[tuple[torch.device, int]]) -> None:
+    """Keeps every norm whose running statistics are the backbone's in eval mode."""
+    held = {
+        name: Frozen(module)
+        for name, module in model.named_modules()
+        if is_norm(module) and any(storage_key(b) in shared for b in module.buffers())
+    }
+    replace_modules(model, held)
 
 
 def _replace_head(
     model: nn.Module, head: tuple[str, ...], features: int, n_classes: int, generator: Generator
 ) -> None:
-    before = {id(module) for module in model.modules()}
-    reference = next(model.parameters(), torch.empty(0))
-    if timm_classifier(model) == head and hasattr(model, "reset_classifier") and head:
-        with torch.random.fork_rng(devices=[]):
-            model.reset_classifier(n_classes)
-    elif head:
-        for name in head:
-            replace_module(model, name, _fresh_head(model.get_submodule(name), features, n_classes))
-    else:
+    if not head:
         raise BackboneError(
             f"{type(model).__name__} shows no classifier to replace: its output is not that of its "
             "last linear layer. Name the module: head='fc' (an nn.Identity will do)."
         )
+    before = list(model.modules())  # held: a new module must not get the id of one let go
+    floating = (p for p in model.parameters() if p.is_floating_point())
+    like = next(floating, torch.empty(0))
+    reset: Any = getattr(model, "reset_classifier", None)
+    # meta: making a layer there draws nothing from the global generator, whatever threads do
+    with torch.device("meta"), _EverythingOnMeta():
+        if timm_classifier(model) == head and reset is not None:
+            reset(n_classes)
+        else:
+            for name in head:
+                fresh = _fresh_head(model.get_submodule(name), features, n_classes)
+                replace_module(model, name, fresh)
+    known = {id(module) for module in before}
     for module in model.modules():
-        if id(module) not in before:
-            module.to(reference.device, reference.dtype)
-            _start_head(module, generator)
+        if id(module) not in known:
+            _start_head(module, like, generator)
+
+
+class _EverythingOnMeta(TorchFunctionMode):
+    """While it is entered, a device that is asked for is meta: timm asks for its classifier's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        return func(*args, **kwargs)
 
 
 def _fresh_head(old: nn.Module, features: int, n_classes: int) -> nn.Module:
     if isinstance(old, nn.Conv2d):
-        return nn.Conv2d(old.in_channels, n_classes, old.kernel_size, bias=old.bias is not None)
+        fresh = nn.Conv2d(old.in_channels, n_classes, 1, bias=old.bias is not None)
+        if old.kernel_size == (1, 1) and old.groups == 1:
+            return fresh
+        raise BackboneError(
+            f"the head is a convolution of kernel {old.kernel_size} in {old.groups} group(s): only "
+            "a 1x1 one is a classifier. Name the classifier's module: head='fc'."
+        )
     if isinstance(old, nn.Linear):
         return nn.Linear(old.in_features, n_classes, bias=old.bias is not None)
     if not features:
@@ -350,15 +456,29 @@ def _fresh_head(old: nn.Module, features: int, n_classes: int) -> nn.Module:
     return nn.Linear(features, n_classes)
 
 
-def _start_head(module: nn.Module, generator: Generator) -> None:
+@torch.no_grad()
+def _start_head(module: nn.Module, like: Tensor, generator: Generator) -> None:
+    """Fills a module that was just made on the meta device: linear layers small, norms neutral."""
+    if not any(True for _ in own_tensors(module)):
+        return
+    module.to_empty(device=like.device, recurse=False)
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        with torch.no_grad():
-            fresh = torch.empty(module.weight.shape).normal_(0.0, 0.01, generator=generator)
-            module.weight.copy_(fresh)
-            if module.bias is not None:
-                module.bias.zero_()
+        fresh = torch.empty(module.weight.shape).normal_(0.0, 0.01, generator=generator)
+        module.weight.copy_(fresh)
+        if module.bias is not None:
+            module.bias.zero_()
+    elif isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
+        module.reset_parameters()
+    else:
+        raise BackboneError(
+            f"the backbone makes a {type(module).__name__} with each new classifier, whose first "
+            "numbers are not known here. Name the classifier's linear layer: head='fc'."
+        )
     for parameter in module.parameters(recurse=False):
         parameter.requires_grad_(True)
+    for tensor in own_tensors(module):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(like.dtype)
 
 
 def delta_names(model: nn.Module) -> list[str]:

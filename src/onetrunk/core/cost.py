@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attach import Adapted, delta, domain_of
+from .attach import Adapted, delta, domain_of, own_size
 from .trace import Size, trace
-from .tree import is_norm
+from .tree import is_norm, own_tensors
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,15 @@ def cost(model: nn.Module, input_size: Size | None = None) -> Cost:
         BackboneError: where the backbone does not run at that size.
     """
     domain = domain_of(model)
-    size = input_size or _own_size(model)
-    traced = {site.name: site for site in trace(domain.backbone, size).sites}
+    size = input_size or own_size(domain)
+    head = domain.head[0] if len(domain.head) == 1 else None
+    traced = {site.name: site for site in trace(domain.backbone, size, head).sites}
     sites = tuple(
         SiteCost(
             name,
             site.stage,
             str(domain.plan[name]),
-            sum(t.numel() for t in adapter_tensors(model, name)),
+            sum(t.numel() for t in own_site_tensors(model, name)),
             site.positions * sum(t.numel() for t in adapter_tensors(model, name) if t.ndim == 2),
             site.n_weights,
             site.multiply_adds,
@@ -137,20 +138,22 @@ def adapter_tensors(model: nn.Module, site: str) -> list[torch.Tensor]:
     return list(module.adapter.state_dict().values()) if isinstance(module, Adapted) else []
 
 
-def _own_size(model: nn.Module) -> Size | None:
-    preprocessing = domain_of(model).preprocessing
-    if preprocessing is None:
-        return None
-    return (preprocessing.channels, preprocessing.size_px, preprocessing.size_px)
+def own_site_tensors(model: nn.Module, site: str) -> list[torch.Tensor]:
+    """The domain's numbers at one site: its adapter's, else the layer's own where it is trained."""
+    adapter = adapter_tensors(model, site)
+    if adapter or isinstance(model.get_submodule(site), Adapted):
+        return adapter
+    return list(own_tensors(model.get_submodule(site)))
 
 
 def _numbers_by_holder(model: nn.Module) -> dict[str, int]:
     domain = domain_of(model)
     modules = dict(model.named_modules())
     heads = tuple(f"{name}." for name in domain.head)
+    adapters = tuple(f"{n}.adapter." for n, m in modules.items() if isinstance(m, Adapted))
     counts = {"adapters": 0, "norms": 0, "head": 0, "weights": 0}
     for name, tensor in delta(model).items():
-        if ".adapter." in f".{name}":
+        if name.startswith(adapters):
             holder = "adapters"
         elif name.startswith(heads):
             holder = "head"

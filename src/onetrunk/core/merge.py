@@ -5,21 +5,28 @@ onetrunk is in it, and it costs what the backbone costs. The domain stays as it 
 computed in float64 and stored in the layer's own type.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError
 from .adapters.series import norm_gain_and_shift
-from .attach import Adapted, Domain, domain_of
-from .sites import effective_weight
-from .trace import following_norms
-from .tree import Frozen, copy_tree, replace_module
+from .attach import Adapted, domain_of, own_size, unmark
+from .sites import effective_weight, forward_known
+from .trace import Size, following_norms
+from .tree import Frozen, copy_tree, replace_modules
 
-ABSOLUTE = 1e-4  # of the largest logit: no merge may be further off
+ABSOLUTE = 1e-4  # of the largest logit: no merge in float32 or float64 may be further off
 NOISE_FACTOR = 4  # times the network's own rounding noise
+LEAST = {torch.float64: 1e-10, torch.float32: 2e-6}  # limits where hardly any noise was measured
+
+Layer = nn.Conv2d | nn.Linear
 
 
-def merge(model: nn.Module, *, check: Tensor | None = None) -> nn.Module:
+def merge(
+    model: nn.Module, *, fold_norms: bool = True, check: Tensor | None = None
+) -> nn.Module:
     """The ordinary network that computes what the domain's `model` computes in eval mode.
 
     Adapters fold into their layers; a batch norm that alone reads a layer's output folds into that
@@ -28,6 +35,9 @@ def merge(model: nn.Module, *, check: Tensor | None = None) -> nn.Module:
 
     Args:
         model: a domain's network; it is left as it was.
+        fold_norms: whether norms are folded. Without it the network keeps the backbone's own layers
+            and names, so that its `state_dict` loads into the stock architecture; a bias that an
+            adapter adds to a layer without one goes into the norm that follows.
         check: images (b, c, h, w) on which both networks are compared, if given.
 
     Raises:
@@ -36,27 +46,32 @@ def merge(model: nn.Module, *, check: Tensor | None = None) -> nn.Module:
             1e-4 of the largest logit.
     """
     domain = domain_of(model)
-    _refuse_non_finite(model, domain)
+    _refuse_non_finite(model)
     merged = copy_tree(model, own=[*model.parameters(), *model.buffers()]).eval()
-    _unmark(merged)
-    for name, module in list(merged.named_modules()):
-        if isinstance(module, Adapted):
-            replace_module(merged, name, _folded(name, module))
-        elif isinstance(module, Frozen):
-            replace_module(merged, name, module.layer)
-    _fold_norms(merged, domain)
-    merged.requires_grad_(True)
+    unmark(merged)
+    replace_modules(merged, {n: m.layer for n, m in _all(merged, Frozen)})
+    adapted = dict(_all(merged, Adapted))
+    without_bias = {n for n, m in adapted.items() if m.layer._parameters["bias"] is None}
+    replace_modules(merged, {n: _folded(m) for n, m in adapted.items()})
+    if fold_norms:
+        _fold_norms(merged, own_size(domain))
+    else:
+        _move_biases(merged, without_bias, own_size(domain))
+    for parameter in merged.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     if check is not None:
         _refuse_difference(model, merged, check)
     return merged
 
 
-def _unmark(merged: nn.Module) -> None:
-    del merged.domain
-    merged.__dict__.pop("reset_classifier", None)
+_M = TypeVar("_M", bound=nn.Module)
 
 
-def _refuse_non_finite(model: nn.Module, domain: Domain) -> None:
+def _all(model: nn.Module, kind: type[_M]) -> list[tuple[str, _M]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def _refuse_non_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise MergeError(
@@ -66,66 +81,90 @@ def _refuse_non_finite(model: nn.Module, domain: Domain) -> None:
 
 
 @torch.no_grad()
-def _folded(name: str, adapted: Adapted) -> nn.Module:
+def _folded(adapted: Adapted) -> nn.Module:
     layer = adapted.layer
     bank = effective_weight(layer)
-    weight_oikk = bank.double() if bank.ndim == 4 else bank.double()[:, :, None, None]
-    bias_o = weight_oikk.new_zeros(len(bank)) if layer.bias is None else layer.bias.double()
+    weight_oikk, bias_o = _exact(layer, bank)
     tap = (0, 0) if adapted.tap is None else adapted.tap.tap
     weight_oikk, bias_o = adapted.adapter.fold(weight_oikk, bias_o, tap)
-    plain = _plain_layer(layer, with_bias=layer.bias is not None or bool(bias_o.any()))
-    return _filled(plain, weight_oikk.view(bank.shape), bias_o, like=bank)
+    with_bias = layer._parameters["bias"] is not None or bool(bias_o.any())
+    return _plain(layer, weight_oikk, bias_o if with_bias else None)
 
 
-def _plain_layer(layer: nn.Module, with_bias: bool) -> nn.Module:
-    """A fresh ordinary layer of the same geometry; a "same"-padded one keeps its class."""
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, layer.out_features, bias=with_bias, device="meta")
-    cls = nn.Conv2d
-    if getattr(layer, "same_pad", "Same" in type(layer).__name__):
-        from timm.layers import Conv2dSame
+def _exact(layer: Layer, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """(o, i, k, k) weight and (o) bias in float64; zeros where the layer has no bias."""
+    weight_oikk = bank.double().view(*bank.shape, *[1] * (4 - bank.ndim))
+    bias = layer._parameters["bias"]
+    return weight_oikk, weight_oikk.new_zeros(len(bank)) if bias is None else bias.double()
 
-        cls = Conv2dSame
-    options = dict(
-        stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups
-    )
+
+def _plain(layer: Layer, weight_oikk: Tensor, bias_o: Tensor | None) -> nn.Module:
+    """An ordinary layer of `layer`'s geometry and type with other numbers."""
     with torch.device("meta"):
-        plain = cls(
-            layer.in_channels, layer.out_channels, layer.kernel_size, bias=with_bias, **options
-        )
-    plain.padding_mode = layer.padding_mode
-    plain._reversed_padding_repeated_twice = layer._reversed_padding_repeated_twice
-    return plain
-
-
-def _filled(plain: nn.Module, weight: Tensor, bias_o: Tensor, like: Tensor) -> nn.Module:
-    plain.weight = nn.Parameter(weight.to(like).contiguous())
-    if plain.bias is not None:
-        plain.bias = nn.Parameter(bias_o.to(like))
+        plain = _plain_linear(layer) if isinstance(layer, nn.Linear) else _plain_conv(layer)
+    like = layer.weight
+    plain.weight = nn.Parameter(weight_oikk.view(like.shape).to(like).contiguous())
+    plain.bias = None if bias_o is None else nn.Parameter(bias_o.to(like))
     return plain.eval()
 
 
+def _plain_linear(layer: nn.Linear) -> nn.Linear:
+    return nn.Linear(layer.in_features, layer.out_features)
+
+
+def _plain_conv(conv: nn.Conv2d) -> nn.Conv2d:
+    """Of torch's own class; one that pads by the input's size keeps timm's class for that."""
+    cls = nn.Conv2d
+    if getattr(conv, "same_pad", "Same" in type(conv).__name__):
+        from timm.layers import Conv2dSame
+
+        cls = Conv2dSame
+    plain = cls(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        stride=conv.stride,  # type: ignore[arg-type]
+        padding=conv.padding,  # type: ignore[arg-type]
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        groups=conv.groups,
+    )
+    plain.padding_mode = conv.padding_mode
+    plain._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
+    return plain
+
+
 @torch.no_grad()
-def _fold_norms(merged: nn.Module, domain: Domain) -> None:
-    layers = {n for n, m in merged.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    for name, norm_name in following_norms(merged, layers).items():
-        layer, norm = merged.get_submodule(name), merged.get_submodule(norm_name)
-        if "weight" not in layer._parameters:
-            continue
-        bank = effective_weight(layer)
-        gain_o, shift_o = norm_gain_and_shift(norm, bank.double())
-        weight = bank.double() * gain_o.view(-1, *[1] * (bank.ndim - 1))
-        bias_o = shift_o if layer.bias is None else shift_o + gain_o * layer.bias.double()
-        plain = _plain_layer(layer, with_bias=True)
-        replace_module(merged, name, _filled(plain, weight, bias_o, like=bank))
-        replace_module(merged, norm_name, _without_norm(norm))
+def _fold_norms(merged: nn.Module, size: Size | None) -> None:
+    found: list[tuple[str, Layer]] = [*_all(merged, nn.Conv2d), *_all(merged, nn.Linear)]
+    layers = {name: layer for name, layer in found if forward_known(layer)}
+    norms = dict(_all(merged, nn.modules.batchnorm._BatchNorm))
+    for name, norm_name in following_norms(merged, set(layers), size).items():
+        layer, norm = layers[name], norms[norm_name]
+        weight_oikk, bias_o = _exact(layer, effective_weight(layer))
+        gain_o, shift_o = norm_gain_and_shift(norm, weight_oikk)
+        plain = _plain(layer, gain_o.view(-1, 1, 1, 1) * weight_oikk, gain_o * bias_o + shift_o)
+        replace_modules(merged, {name: plain, norm_name: _without_norm(norm)})
+
+
+@torch.no_grad()
+def _move_biases(merged: nn.Module, without_bias: set[str], size: Size | None) -> None:
+    """BN(w * x + b) with the bias b taken off the running mean instead, where a norm follows."""
+    layers = {n: merged.get_submodule(n) for n in without_bias}
+    biased = {name for name, layer in layers.items() if layer._parameters["bias"] is not None}
+    norms = dict(_all(merged, nn.modules.batchnorm._BatchNorm))
+    for name, norm_name in following_norms(merged, biased, size).items():
+        layer, mean_o = layers[name], norms[norm_name].running_mean
+        assert mean_o is not None  # only norms with statistics follow
+        mean_o.copy_(mean_o.double() - layer._parameters["bias"].double())  # type: ignore[union-attr]
+        layer.bias = None
 
 
 def _without_norm(norm: nn.Module) -> nn.Module:
     """What is left of a norm once it is folded: the dropout and activation that timm fuses in."""
-    rest = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]
-    rest = [module for module in rest if not isinstance(module, nn.Identity)]
-    return nn.Identity() if not rest else rest[0] if len(rest) == 1 else nn.Sequential(*rest)
+    parts = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]
+    rest = [module for module in parts if not isinstance(module, nn.Identity)]
+    left = nn.Identity() if not rest else rest[0] if len(rest) == 1 else nn.Sequential(*rest)
+    return left.eval()
 
 
 def difference(model: nn.Module, merged: nn.Module, images_bchw: Tensor) -> dict[str, float]:
@@ -133,7 +172,8 @@ def difference(model: nn.Module, merged: nn.Module, images_bchw: Tensor) -> dict
 
     Returns:
         `difference` (largest, relative to the largest logit of the float64 network), `noise` (the
-        first network against itself in float64) and `limit` (what the laws allow).
+        first network against itself in float64; 0 where it is in float64) and `limit` (what the
+        laws allow: 4 times the noise, in float32 and float64 never above 1e-4).
     """
     with torch.no_grad():
         exact = _as_double(model)(images_bchw.double())
@@ -141,14 +181,11 @@ def difference(model: nn.Module, merged: nn.Module, images_bchw: Tensor) -> dict
         y = model_in_eval(model)(images_bchw).double()
         noise = float((y - exact).abs().max() / scale)
         found = float((merged(images_bchw).double() - y).abs().max() / scale)
-    floor = 16 * torch.finfo(images_bchw.dtype).eps
-    return {
-        "difference": found,
-        "noise": noise,
-        "limit": min(max(NOISE_FACTOR * noise, floor), ABSOLUTE)
-        if images_bchw.dtype is not torch.bfloat16
-        else NOISE_FACTOR * noise,
-    }
+    limit = NOISE_FACTOR * noise
+    least = LEAST.get(images_bchw.dtype)
+    if least is not None:
+        limit = min(max(limit, least), ABSOLUTE)
+    return {"difference": found, "noise": noise, "limit": limit}
 
 
 def model_in_eval(model: nn.Module) -> nn.Module:
@@ -169,4 +206,3 @@ def _refuse_difference(model: nn.Module, merged: nn.Module, images_bchw: Tensor)
             f"{found['limit']:.1e} is the limit (rounding noise {found['noise']:.1e}). "
             "Use the domain's own network instead."
         )
-

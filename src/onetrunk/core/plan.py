@@ -1,4 +1,4 @@
-"""Which site gets which family: placement by stage, by position in a block, by name, and by default.
+"""Which site gets which family: by stage, by position in a block, by name, and by default.
 
 A plan is a plain mapping, site name -> family. It is what a domain stores, so that the same network
 can be built again without running anything.
@@ -28,7 +28,7 @@ class Where:
     """Which sites a family is placed at.
 
     Args:
-        stages: any of `early`, `mid`, `late`.
+        stages: any of `early`, `mid`, `late`; one alone may be a plain string.
         convs: `both`, `first` or `second`: the position among a block's chosen layers (the released
             code's `proj` 11, 10, 01). A layer alone in its module, like a stem, is always kept.
         layers: `spatial` (kernels above 1x1), `pointwise` (1x1 convolutions and linear layers),
@@ -40,13 +40,15 @@ class Where:
         AttachError: for a stage, position or kind of layer that does not exist.
     """
 
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] | str = STAGES
     convs: Convs = "both"
     layers: Layers = "auto"
     pattern: str = "*"
 
     def __post_init__(self) -> None:
-        _one_of("stages", self.stages, STAGES)
+        stages = (self.stages,) if isinstance(self.stages, str) else tuple(self.stages)
+        object.__setattr__(self, "stages", stages)
+        _one_of("stages", stages, STAGES)
         _one_of("convs", (self.convs,), ("both", "first", "second"))
         _one_of("layers", (self.layers,), ("auto", "spatial", "pointwise", "all"))
 
@@ -77,7 +79,7 @@ class Where:
 
 
 def _one_of(field: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
-    for value in values if isinstance(values, tuple) else (values,):
+    for value in values:
         if value not in known:
             raise AttachError(f"Where({field}={value!r}): known are {', '.join(known)}.")
     if not values:
@@ -103,13 +105,13 @@ def mixes_in_space(sites: tuple[Site, ...]) -> bool:
     return spatial - patchify >= SPATIAL_SHARE * sum(site.n_weights for site in sites)
 
 
-def default_family(traced: Trace) -> Family:
-    """The family that fits a backbone: at most about 12 % of its weights a domain.
+def default_family(traced: Trace, where: Where | None = None) -> Family:
+    """The family that fits a backbone and a placement: at most about 12 % of its weights a domain.
 
     Parallel where the mixing happens in dense spatial convolutions, low-rank elsewhere: beside a
     1x1 layer a full parallel adapter would cost as much as the layer.
     """
-    chosen = Where().choose(traced.sites)
+    chosen = (where or Where()).choose(traced.sites)
     total = sum(site.n_weights for site in traced.sites)
     candidates = [LowRank(rank) for rank in (DEFAULT_RANK, 8, 4, 2)]
     for family in [Parallel(), *candidates] if mixes_in_space(traced.sites) else candidates:
@@ -130,6 +132,8 @@ def place(family: Family, where: Where, traced: Trace) -> tuple[Plan, dict[str, 
     plan = {site.name: family for site in chosen if refused[site.name] is None}
     if not plan:
         name, reason = next(iter(refused.items()))
-        raise AttachError(f"{family} fits none of the {len(chosen)} chosen layers; {name}: {reason}")
+        raise AttachError(
+            f"{family} fits none of the {len(chosen)} chosen layers; {name}: {reason}"
+        )
     left_out = {name: reason for name, reason in refused.items() if reason is not None}
     return plan, {**traced.skipped, **left_out}

@@ -84,6 +84,15 @@ class Site:
         return self.positions * self.n_weights
 
 
+def forward_known(module: nn.Conv2d | nn.Linear) -> bool:
+    """Whether a layer computes as its weight and geometry say: another may take its place."""
+    if "weight" not in module._parameters:
+        return False
+    if isinstance(module, nn.Linear):
+        return _forward_known(module, nn.Linear, KNOWN_LINEARS)
+    return _forward_known(module, nn.Conv2d, set(KNOWN_CONVS))
+
+
 def package_and_class(module: nn.Module) -> tuple[str, str]:
     """("torch", "Conv2d") for torch.nn.modules.conv.Conv2d."""
     cls = type(module)

@@ -4,19 +4,21 @@ The execution runs on PyTorch's meta device, where shapes are computed and numbe
 costs milliseconds and no memory; a backbone that cannot run there runs on zeros instead.
 """
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import BackboneError
-from .sites import STAGES, Site, site_of
-from .tree import copy_tree, is_norm
+from .sites import STAGES, Site, package_and_class, site_of
+from .tree import copy_tree, is_norm, own_tensors
 
 Size = tuple[int, int, int]  # channels, rows, columns
 
@@ -65,9 +67,9 @@ def trace(backbone: nn.Module, input_size: Size | None = None, head: str | None 
         )
     calls, y_shape, size = _first_that_runs(backbone, input_size)
     heads = (head,) if head else find_head(backbone, calls, y_shape)
-    by_name: dict[str, _Call] = {}
+    by_name: dict[str, list[_Call]] = {}
     for call in calls:
-        by_name.setdefault(call.name, call)
+        by_name.setdefault(call.name, []).append(call)
     features = _features(by_name, heads, y_shape)
     return Trace(*_sites_and_skipped(backbone, by_name, heads), heads, features, size)
 
@@ -82,7 +84,8 @@ def default_sizes(backbone: nn.Module) -> list[Size]:
     channels = first.in_channels if first is not None else 3
     known = getattr(backbone, "image_size", None)  # torchvision's ViT
     sizes = [known] if isinstance(known, int) else [224, 64, 32, 28]
-    return [(channels, side, side) for side in sizes]
+    # the convolution registered first need not be the one that sees the image
+    return [(n, side, side) for n in dict.fromkeys((channels, 3)) for side in sizes]
 
 
 def _first_that_runs(
@@ -136,8 +139,21 @@ def _run(backbone: nn.Module, size: Size, device: str) -> tuple[list[_Call], tor
     for name, module in copied.named_modules():
         if next(module.children(), None) is None:
             module.register_forward_hook(note(name))
-    y = copied(example(backbone, size, device))
+    with _NormsLeftOut() if device == "meta" else contextlib.nullcontext():
+        y = copied(example(backbone, size, device))
     return calls, _last_shape(y)
+
+
+class _NormsLeftOut(TorchFunctionMode):
+    """While it is entered, norms give back their input: they cost time and change no shape."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _NORM_FUNCTIONS and args:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_NORM_FUNCTIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}
 
 
 def _last_shape(y: Any) -> torch.Size:
@@ -148,23 +164,29 @@ def _last_shape(y: Any) -> torch.Size:
     return torch.Size()
 
 
-def find_head(
-    backbone: nn.Module, calls: list[_Call], y_shape: torch.Size
-) -> tuple[str, ...]:
-    """The classifier: what timm names, else the last linear layer if its output is the network's."""
+def find_head(backbone: nn.Module, calls: list[_Call], y_shape: torch.Size) -> tuple[str, ...]:
+    """The classifier: what timm names, else the last layer where its output is the network's.
+
+    That is a linear layer, a 1x1 convolution with a bias (alone, or with nothing but pooling and
+    activations behind it, as in SqueezeNet), or an `nn.Identity` at the very end.
+    """
     names = timm_classifier(backbone)
     if names:
         return names
-    if not calls or len(y_shape) < 2:
+    if len(y_shape) < 2:
         return ()
     modules = dict(backbone.named_modules())
     for call in reversed(calls):
         module = modules[call.name]
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            same = call.y_shape.numel() == y_shape.numel() and call.y_shape[1] == y_shape[1]
-            return (call.name,) if same else ()
-        if isinstance(module, nn.Identity) and call is calls[-1]:
+        if isinstance(module, nn.Identity) and call is calls[-1] and len(y_shape) == 2:
             return (call.name,)
+        if isinstance(module, nn.Linear):
+            return (call.name,) if call.y_shape == y_shape else ()
+        if isinstance(module, nn.Conv2d):
+            scores = module.kernel_size == (1, 1) and module.bias is not None
+            return (call.name,) if scores and call.y_shape[1] == y_shape[1] else ()
+        if next(own_tensors(module), None) is not None:
+            return ()
     return ()
 
 
@@ -178,18 +200,18 @@ def timm_classifier(backbone: nn.Module) -> tuple[str, ...]:
 
 
 def _features(
-    by_name: Mapping[str, _Call], heads: tuple[str, ...], y_shape: torch.Size
+    by_name: Mapping[str, list[_Call]], heads: tuple[str, ...], y_shape: torch.Size
 ) -> int:
-    call = by_name.get(heads[0]) if heads else None
-    if call is None:
+    if not heads or heads[0] not in by_name:
         return y_shape[-1] if len(y_shape) == 2 else 0
+    call = by_name[heads[0]][0]
     return call.x_shape[1] if len(call.x_shape) in (2, 4) else call.x_shape[-1]
 
 
 def _sites_and_skipped(
-    backbone: nn.Module, by_name: Mapping[str, _Call], heads: tuple[str, ...]
+    backbone: nn.Module, by_name: Mapping[str, list[_Call]], heads: tuple[str, ...]
 ) -> tuple[tuple[Site, ...], Mapping[str, str]]:
-    found: list[tuple[Site, _Call]] = []
+    found: list[tuple[Site, list[_Call]]] = []
     skipped: dict[str, str] = {}
     for name, module in backbone.named_modules():
         if _within(name, heads):
@@ -201,25 +223,30 @@ def _sites_and_skipped(
             found.append((site, by_name[name]))
         elif isinstance(site, str):
             skipped[name] = site
-        elif not is_norm(module) and any(p is not None for p in module._parameters.values()):
-            skipped[name] = f"{type(module).__name__} is neither Conv2d nor Linear"
+        elif not is_norm(module):
+            skipped |= _lone_parameters(name, module)
     order = {name: place for place, name in enumerate(by_name)}
     found.sort(key=lambda pair: order[pair[0].name])
-    return _with_stages([_sized(site, call, k) for k, (site, call) in enumerate(found)]), skipped
+    return _with_stages([_sized(site, met, k) for k, (site, met) in enumerate(found)]), skipped
+
+
+def _lone_parameters(name: str, module: nn.Module) -> dict[str, str]:
+    """The module that holds parameters of its own; the parameters' names where it is the root."""
+    held = [key for key, parameter in module._parameters.items() if parameter is not None]
+    if not name:
+        return {key: f"a parameter of {type(module).__name__} itself" for key in held}
+    what = f"{type(module).__name__} with {', '.join(held)} is neither Conv2d nor Linear"
+    return {name: what} if held else {}
 
 
 def _within(name: str, heads: tuple[str, ...]) -> bool:
     return any(name == head or name.startswith(head + ".") for head in heads)
 
 
-def _sized(site: Site, call: _Call, order: int) -> Site:
-    if site.kind == "conv":
-        rows, columns = call.y_shape[-2:]
-        return dataclasses.replace(
-            site, order=order, out_hw=(rows, columns), positions=rows * columns
-        )
-    positions = call.y_shape.numel() // site.cout
-    return dataclasses.replace(site, order=order, out_hw=(positions, 1), positions=positions)
+def _sized(site: Site, calls: list[_Call], order: int) -> Site:
+    positions = [call.y_shape.numel() // site.cout for call in calls]
+    rows, columns = calls[0].y_shape[-2:] if site.kind == "conv" else (positions[0], 1)
+    return dataclasses.replace(site, order=order, out_hw=(rows, columns), positions=sum(positions))
 
 
 def _with_stages(sites: list[Site]) -> tuple[Site, ...]:
@@ -250,23 +277,27 @@ class _Consumers(TorchFunctionMode):
         self.readers: dict[int, list[str]] = {}
         self.alive: list[Tensor] = []  # keeps ids from being used again
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, (Tensor, tuple, list)) and not isinstance(result, torch.Size):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.batch_norm and args and args[0].is_meta:
+            result = torch.empty_like(args[0])  # the slowest call there is on meta
+        else:
+            result = func(*args, **(kwargs or {}))
+        size = isinstance(result, torch.Size)  # a tuple too, and no reading of numbers
+        if isinstance(result, (Tensor, tuple, list)) and not size:
             for value in _tensors([*args, *(kwargs or {}).values()]):
                 self.alive.append(value)
                 self.readers.setdefault(id(value), []).append(getattr(func, "__name__", "?"))
         return result
 
 
-def _tensors(values: Any) -> Any:
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
 
 
 @torch.no_grad()
@@ -275,9 +306,13 @@ def following_norms(
 ) -> dict[str, str]:
     """Layer -> the batch norm that alone reads its output, for layers and norms called once.
 
+    Only norms whose forward is known count, and only where their channels are the layer's: behind a
+    linear layer on (b, n, f) a batch norm is over n.
+
     Args:
         network: run once in eval mode, on a copy.
-        layers: the module paths whose outputs are followed.
+        layers: the module paths of convolutions and linear layers whose outputs are followed.
+        size: channels, rows, columns that it runs at; by default what it says of itself.
     """
     for device in ("meta", "cpu"):
         for tried in [size] if size else default_sizes(network):
@@ -302,15 +337,28 @@ def _follow(network: nn.Module, layers: set[str], size: Size, device: str) -> di
     for name, module in copied.named_modules():
         if name in layers:
             module.register_forward_hook(note_output(name))
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+        elif _foldable(module):
             module.register_forward_pre_hook(note_input(name))
     with _Consumers() as consumers:
-        copied(example(network, size, device))
+        returned = copied(example(network, size, device))
     norm_of = {ids[0]: name for name, ids in read.items() if len(ids) == 1}
+    seen_outside = {id(tensor) for tensor in _tensors([returned])}
     return {
         name: norm_of[id(outputs[0])]
         for name, outputs in made.items()
         if len(outputs) == 1
         and id(outputs[0]) in norm_of
+        and id(outputs[0]) not in seen_outside
         and consumers.readers.get(id(outputs[0])) == ["batch_norm"]
+        and outputs[0].ndim == (4 if isinstance(copied.get_submodule(name), nn.Conv2d) else 2)
     }
+
+
+def _foldable(norm: nn.Module) -> bool:
+    """A batch norm with statistics and a known forward: torch's, or timm's with its activation."""
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
+        return False
+    cls: Any = type(norm)
+    known = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+    with_activation = {("timm", "BatchNormAct2d"), ("timm", "SyncBatchNormAct")}
+    return cls.forward in known or package_and_class(norm) in with_activation

@@ -6,7 +6,7 @@ never reach the backbone or another domain, while memory holds the backbone once
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,12 +33,17 @@ def own_tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` where `name` is, and wherever else `root` calls that same module."""
-    old = root.get_submodule(name)
+    """Puts `module` where `name` is, and wherever else `root` holds that same module."""
+    replace_modules(root, {name: module})
+
+
+def replace_modules(root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Puts each module where its name is, in one walk."""
+    new = {id(root.get_submodule(name)): module for name, module in modules.items()}
     for parent in list(root.modules()):
         for key, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, key, module)
+            if id(child) in new:
+                setattr(parent, key, new[id(child)])
 
 
 _NORMS = (

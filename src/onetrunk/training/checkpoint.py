@@ -32,8 +32,9 @@ class Checkpoint:
         step: steps done.
         epochs: epochs done, validation included.
         best_accuracy: of `best`; -1 where there is none.
-        network, best, good: the domain's own tensors at `step`, at the best epoch by validation (none
-            yet: empty), and at the end of the last epoch (or at the start).
+        network: the domain's own tensors at `step`.
+        best: the same at the epoch that was best by validation; empty where there is none.
+        good: the same at the end of the last epoch, or at the start.
         optimizer: the optimiser's tensors, as `<parameter's number>.<name>`.
     """
 
@@ -68,9 +69,21 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "best_accuracy": checkpoint.best_accuracy,
     }
     data = pack(tensors, card)
+    make_folder(path)
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise TrainingError(f"cannot write the checkpoint {path}: {reason(error)}") from error
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder that the file at `path` goes into, where it is missing.
+
+    Raises:
+        TrainingError: where the file system refuses.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
     except OSError as error:
         raise TrainingError(f"cannot write the checkpoint {path}: {reason(error)}") from error
 
@@ -78,7 +91,9 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def read_checkpoint(
     path: Path, identity: Mapping[str, Any], computed_with: Mapping[str, Any]
 ) -> Checkpoint:
-    """The checkpoint of the training that `identity` describes; warns where `computed_with` differs.
+    """The checkpoint of the training that `identity` describes.
+
+    Warns where it was computed with something else than `computed_with`.
 
     Raises:
         DamagedError: where the file's bytes are not what was written.

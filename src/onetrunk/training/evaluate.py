@@ -1,4 +1,4 @@
-"""evaluate: how good a network is on labelled images, in the usual figures; accuracies in [0, 1]."""
+"""evaluate: how good a network is on labelled images, in the usual figures, all in [0, 1]."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..core.attach import domain_of
 from ..core.merge import model_in_eval
-from .examples import Examples, Progress, examples_of
+from ..core.tree import copy_tree
+from ..errors import TrainingError
+from .examples import Examples, ImageExamples, Progress, examples_of
 
 N_BINS = 15  # of the calibration error, as in Guo et al., ICML 2017
 
@@ -21,10 +23,10 @@ class Evaluation:
 
     Args:
         accuracy: share of images whose highest logit is their class's.
-        balanced_accuracy: mean over the classes of the share found.
+        balanced_accuracy: mean, over the classes that have images, of the share found.
         loss: mean cross-entropy.
         calibration_error: expected gap between confidence and accuracy, 15 equal bins.
-        per_class: class -> share of its images found.
+        per_class: class -> share of its images found; 0 where it has none (see `confusion`).
         confusion: (c, c) counts, rows the true class, columns the predicted one.
         n_images: images evaluated.
         problems: (name, reason) of the images that could not be read.
@@ -41,7 +43,8 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, the confusion matrix as lists."""
-        return {**self.__dict__, "confusion": self.confusion.tolist()}
+        problems = [list(problem) for problem in self.problems]
+        return {**self.__dict__, "confusion": self.confusion.tolist(), "problems": problems}
 
 
 def evaluate(
@@ -52,7 +55,7 @@ def evaluate(
     device: str | torch.device | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """The figures of a domain's network on labelled images; the network stays as it was.
+    """The figures of a domain's network on labelled images; the network stays as and where it was.
 
     Args:
         data: as for `fit`.
@@ -60,15 +63,30 @@ def evaluate(
         progress: called with (images done, images) after every batch.
 
     Raises:
-        TrainingError, DataError: as `fit`, for data that does not fit the domain.
+        TrainingError, DataError: as `fit`, for data that does not fit the domain, and where the
+            network's logits are not finite.
     """
     examples = examples_of(model, data)
     logits_nc = logits_of(model, examples, batch_size, device, progress)
-    problems = getattr(getattr(examples, "prepared", None), "problems", ())
+    if not torch.isfinite(logits_nc).all():
+        raise TrainingError(
+            "the network's logits are not finite (NaN or infinity), so nothing can be said of it: "
+            "look for broken numbers in the images, or train the domain again."
+        )
+    prepared = examples.prepared if isinstance(examples, ImageExamples) else None
+    problems = () if prepared is None else prepared.problems
     return figures(
         logits_nc, examples.labels, domain_of(model).classes,
         tuple((problem.name, problem.reason) for problem in problems),
     )  # fmt: skip
+
+
+def ready(model: nn.Module, device: str | torch.device | None) -> nn.Module:
+    """`model` in eval mode on `device`: itself where it is so already, else a copy."""
+    network = model_in_eval(model)
+    if device is None or torch.device(device) == next(network.parameters()).device:
+        return network
+    return copy_tree(network).to(device).eval()  # a domain's .to() would move the domain itself
 
 
 @torch.no_grad()
@@ -79,10 +97,8 @@ def logits_of(
     device: str | torch.device | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Logits (n, c) of every example, on the CPU, in float32."""
-    network = model_in_eval(model)
-    if device is not None:
-        network = network.to(device)
+    """Logits (n, c) of every example, on the CPU, in float32; the network stays as it was."""
+    network = ready(model, device)
     reference = next(network.parameters())
     logits: list[Tensor] = []
     for indices in torch.arange(len(examples)).split(batch_size):
@@ -99,15 +115,19 @@ def figures(
     classes: tuple[str, ...],
     problems: tuple[tuple[str, str], ...] = (),
 ) -> Evaluation:
-    """The figures of logits (n, c) against labels (n,)."""
-    probabilities_nc = logits_nc.softmax(dim=1)
-    confidence_n, found_n = probabilities_nc.max(dim=1)
-    right_n = (found_n == labels_n).float()
-    n_classes = len(classes)
+    """The figures of finite logits (n, c) against labels (n,), computed in float64.
+
+    >>> result = figures(torch.eye(3), torch.tensor([0, 1, 1]), ("ant", "bee", "cat"))
+    >>> result.per_class, result.confusion.tolist()
+    ({'ant': 1.0, 'bee': 0.5, 'cat': 0.0}, [[1, 0, 0], [0, 1, 1], [0, 0, 0]])
+    """
+    logits_nc, n_classes = logits_nc.double(), len(classes)
+    confidence_n, found_n = logits_nc.softmax(dim=1).max(dim=1)
+    right_n = (found_n == labels_n).double()
     pairs = labels_n * n_classes + found_n
     confusion_cc = torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
     counts_c = confusion_cc.sum(dim=1)
-    recall_c = confusion_cc.diagonal() / counts_c.clamp_min(1)
+    recall_c = confusion_cc.diagonal().double() / counts_c.clamp_min(1)
     return Evaluation(
         accuracy=float(right_n.mean()),
         balanced_accuracy=float(recall_c[counts_c > 0].mean()),
@@ -123,5 +143,5 @@ def figures(
 def _calibration_error(confidence_n: Tensor, right_n: Tensor) -> float:
     """Sum over bins of the bin's share of images times |its accuracy - its mean confidence|."""
     bins_n = (confidence_n * N_BINS).ceil().clamp(1, N_BINS).long() - 1
-    gaps_k = torch.zeros(N_BINS).index_add_(0, bins_n, right_n - confidence_n)
+    gaps_k = confidence_n.new_zeros(N_BINS).index_add_(0, bins_n, right_n - confidence_n)
     return float(gaps_k.abs().sum() / len(right_n))

@@ -1,11 +1,13 @@
 """Examples: whatever the user hands over as data, as batches of tensors for a network.
 
-Two kinds: prepared images with views (the domain's preprocessing, augmentation drawn from seeds), and
-tensors that are the network's input already.
+Two kinds: prepared images with views (the domain's preprocessing, augmentation drawn from seeds),
+and tensors that are the network's input already. What a user's own dataset draws at random (a
+transform of torchvision's, say) is seeded by (seed, epoch, index) too, so that it is the same again
+after a resume.
 """
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -16,16 +18,22 @@ from torch import Tensor, nn
 
 from ..core.attach import domain_of
 from ..data import Images, Prepared, Preprocessing, view_seeds
+from ..data.decoding import BrokenImageError
 from ..errors import DataError, TrainingError
+from ..tensorfile import fingerprint_of
+from .randomness import own_draws, reseed
 
+N_LOOKED_AT = 8  # images whose pixels a fingerprint covers
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Examples(abc.ABC):
     """Labelled examples of one domain, by number."""
 
     labels: Tensor  # int64 (n,)
+    runs_ahead: bool  # whether another thread may make the next batch: no code of the user's runs
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,12 +48,17 @@ class Examples(abc.ABC):
     ) -> Tensor:
         """What it sees in training: a function of (seed, epoch, index) and of nothing else."""
 
+    def fingerprint(self) -> str:
+        """SHA-256 over the labels and a few of the images: tells two data sets apart."""
+        few = torch.linspace(0, len(self) - 1, min(len(self), N_LOOKED_AT)).round().long()
+        return fingerprint_of({"labels": self.labels, "views": self.views(few)})
+
 
 class ImageExamples(Examples):
     """Prepared images seen through a domain's preprocessing."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        self.prepared, self.labels = prepared, prepared.labels
+    def __init__(self, prepared: Prepared, runs_ahead: bool = True) -> None:
+        self.prepared, self.labels, self.runs_ahead = prepared, prepared.labels, runs_ahead
 
     def views(self, indices: Tensor) -> Tensor:
         return self.prepared.preprocessing.evaluation_view(self.prepared.batch(indices)[0])
@@ -59,18 +72,31 @@ class ImageExamples(Examples):
 
 
 class TensorExamples(Examples):
-    """Float tensors (c, h, w) that are the network's input as they are; not augmented."""
+    """Float tensors (c, h, w) that are the network's input as they are; not augmented here."""
+
+    runs_ahead = False
 
     def __init__(self, dataset: Any, labels: Tensor) -> None:
         self.dataset, self.labels = dataset, labels
 
     def views(self, indices: Tensor) -> Tensor:
-        return torch.stack([self.dataset[i][0] for i in indices.tolist()])
+        return torch.stack(_read(self.dataset, indices.tolist(), view_seeds(0, 0, indices)))
 
     def training_views(
         self, indices: Tensor, seed: int, epoch: int, scale: tuple[float, float] | None
     ) -> Tensor:
-        return self.views(indices)
+        seeds_b = view_seeds(seed, epoch, indices)
+        return torch.stack(_read(self.dataset, indices.tolist(), seeds_b))
+
+
+def _read(dataset: Any, indices: Sequence[int], seeds_b: Tensor) -> list[Any]:
+    """The images at `indices`, each with its own seed for what the dataset draws at random."""
+    images = []
+    with own_draws():
+        for index, seed in zip(indices, seeds_b.tolist(), strict=True):
+            reseed(seed % 2**63)
+            images.append(dataset[index][0])
+    return images
 
 
 def examples_of(model: nn.Module, data: Any, progress: Progress | None = None) -> Examples:
@@ -78,11 +104,12 @@ def examples_of(model: nn.Module, data: Any, progress: Progress | None = None) -
 
     Args:
         data: `Images`, `Prepared`, or a map-style dataset of (image, label): float tensors
-            (c, h, w) are taken as they are, PIL images and uint8 arrays are prepared.
+            (c, h, w) are taken as they are; PIL images, uint8 arrays and uint8 tensors are
+            prepared, once. Its labels are read once too.
 
     Raises:
         TrainingError: where the classes are not the domain's, or the data is no such dataset.
-        DataError: where no image can be read, or a label is out of range.
+        DataError: where there is no image, none can be read, or a label is out of range.
     """
     if isinstance(data, Examples):
         return data
@@ -94,26 +121,56 @@ def examples_of(model: nn.Module, data: Any, progress: Progress | None = None) -
     if isinstance(data, Images):
         _check_classes(data.classes, domain.classes)
         return ImageExamples(Prepared(data, preprocessing_of(model), progress=progress))
-    try:
-        n, first = len(data), data[0][0]
-    except (TypeError, IndexError, KeyError) as error:
+    with own_draws():
+        return _examples_of_dataset(model, data, progress)
+
+
+def _examples_of_dataset(model: nn.Module, data: Any, progress: Progress | None) -> Examples:
+    classes = domain_of(model).classes
+    first, image, label = _first_readable(data)
+    named = getattr(data, "classes", None)
+    if isinstance(named, (list, tuple)) and all(isinstance(name, str) for name in named):
+        _check_classes(tuple(named), classes)
+    labels = _labels(data, first, label)
+    if isinstance(image, Tensor) and image.is_floating_point():
+        if image.ndim != 3:
+            raise TrainingError(
+                f"the dataset's images are float tensors of shape {tuple(image.shape)}: give "
+                "(c, h, w), the network's input for one image."
+            )
+        return TensorExamples(data, _in_range(labels, classes))
+    if not isinstance(image, (Image.Image, np.ndarray)) and not _is_uint8(image):
+        found = f"tensors of {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
         raise TrainingError(
-            f"{type(data).__name__} is no dataset of (image, label) pairs with a length "
-            f"({type(error).__name__}). Give onetrunk.data.load(SOURCE).train, or such a dataset."
-        ) from error
-    classes = getattr(data, "classes", None)
-    if classes is not None:
-        _check_classes(tuple(classes), domain.classes)
-    labels = _labels(data, n)
-    if isinstance(first, Tensor) and first.is_floating_point():
-        return TensorExamples(data, _in_range(labels, domain.classes))
-    if not isinstance(first, (Image.Image, np.ndarray)):
-        raise TrainingError(
-            f"the dataset's images are {type(first).__name__}: give PIL images, uint8 arrays, or "
+            f"the dataset's images are {found}: give PIL images, uint8 arrays, or "
             "float tensors (c, h, w) that are the network's input."
         )
-    images = Images(_Column(data, n), labels, domain.classes, [f"image {i}" for i in range(n)])
-    return ImageExamples(Prepared(images, preprocessing_of(model), progress=progress))
+    names = [f"image {index}" for index in range(len(data))]
+    images = Images(_Column(data), labels, classes, names)
+    prepared = Prepared(images, preprocessing_of(model), progress=progress)
+    return ImageExamples(prepared, runs_ahead=prepared.in_memory)
+
+
+def _first_readable(data: Any) -> tuple[int, Any, Any]:
+    """(index, image, label) of the first example whose file can be read."""
+    try:
+        for index in range(len(data)):
+            try:
+                example = data[index]
+            except OSError:
+                continue
+            return index, example[0], example[1]
+    except (TypeError, IndexError, KeyError, ValueError, NotImplementedError) as error:
+        raise TrainingError(
+            f"{type(data).__name__} is no dataset of (image, label) pairs with a length "
+            f"({type(error).__name__}). Give onetrunk.data.load(SOURCE).train, or such a dataset; "
+            "of a DataLoader its .dataset, of arrays onetrunk.data.Images.from_arrays."
+        ) from error
+    raise DataError(f"{type(data).__name__} has no image that can be read: one at least is needed.")
+
+
+def _is_uint8(image: object) -> bool:
+    return isinstance(image, Tensor) and image.dtype == torch.uint8
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
@@ -134,22 +191,64 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 class _Column(Sequence[Any]):
     """The images of a dataset of pairs, read when asked for."""
 
-    def __init__(self, dataset: Any, n: int) -> None:
-        self.dataset, self.n = dataset, n
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
 
     def __len__(self) -> int:
-        return self.n
+        return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.dataset[index][0]
+        try:
+            (image,) = _read(self.dataset, [index], view_seeds(0, 0, [index]))
+        except OSError as error:  # Pillow's for a file that it cannot read, and the system's
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise BrokenImageError(f"image {index}", reason) from error
+        return image.numpy() if isinstance(image, Tensor) else image
 
 
-def _labels(data: Any, n: int) -> Tensor:
+def _labels(data: Any, first: int, label: Any) -> Tensor:
+    """The labels: of the dataset's own list where it shows one and means it, else one by one."""
+    expected = _whole_numbers([label])
     for name in ("targets", "labels"):
-        known = getattr(data, name, None)
-        if known is not None and len(known) == n:
-            return torch.as_tensor(known, dtype=torch.int64)
-    return torch.tensor([int(data[i][1]) for i in range(n)], dtype=torch.int64)
+        known = _whole_numbers(getattr(data, name, None))
+        if known is not None and expected is not None and len(known) == len(data):
+            changed = getattr(data, "target_transform", None) is not None
+            if not changed and known[first] == expected[0]:
+                return known
+    labels = [label] if expected is None else [_label(data, index) for index in range(len(data))]
+    found = _whole_numbers(labels)
+    if found is None:
+        wrong = next((one for one in labels if _whole_numbers([one]) is None), label)
+        raise TrainingError(
+            f"the dataset's labels are no whole numbers (one is {_short(wrong)}): give "
+            "(image, label) pairs with labels from 0 to the number of classes less one."
+        )
+    return found
+
+
+def _label(data: Any, index: int) -> Any:
+    try:
+        return data[index][1]
+    except OSError as error:
+        raise DataError(f"image {index} cannot be read for its label: {error}.") from error
+
+
+def _whole_numbers(values: Any) -> Tensor | None:
+    """int64 (n,) of a list, array or tensor of whole numbers; None of anything else."""
+    if values is None or not hasattr(values, "__len__"):
+        return None
+    try:
+        array = np.array([v.item() if isinstance(v, Tensor) else v for v in values])
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        return None
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _short(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:60]} ..."
 
 
 def _in_range(labels: Tensor, classes: tuple[str, ...]) -> Tensor:
@@ -181,12 +280,16 @@ def _check_preprocessing(data: Prepared, expected: Preprocessing) -> None:
         )
 
 
-def one_ahead(make: Callable[[T], Any], items: Sequence[T]) -> Iterator[Any]:
-    """`make(item)` for every item, the next one being made while the last is used."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = pool.submit(make, items[0]) if items else None
-        for item in [*items[1:], None]:
-            assert waiting is not None
-            made = waiting.result()
-            waiting = pool.submit(make, item) if item is not None else None
+def one_ahead(make: Callable[[T], R], items: Sequence[T]) -> Generator[R, None, None]:
+    """`make(item)` for every item, the next one being made while the last is used.
+
+    One thread, which has ended when the generator is exhausted, closed, or has raised.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="onetrunk-ahead") as pool:
+        waiting = [pool.submit(make, item) for item in items[:1]]
+        for item in items[1:]:
+            made = waiting.pop().result()
+            waiting.append(pool.submit(make, item))
             yield made
+        for last in waiting:
+            yield last.result()

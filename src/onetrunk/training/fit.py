@@ -2,13 +2,17 @@
 
 A step is a pure function of the state before it and of its number: the order of images, their crops
 and the dropout are drawn from (seed, epoch, step), never from a generator that runs along. That is
-why a training that was killed goes on bit for bit from its last checkpoint, in the middle of an epoch
-too (same threads, same build).
+why a training that was killed goes on bit for bit from its last checkpoint, in the middle of an
+epoch too (on the CPU, with the same threads and the same build of torch).
 """
 
+import dataclasses
+import hashlib
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.attach import delta, delta_names
+from ..core.attach import delta, domain_of
 from ..errors import TrainingError
-from .checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from ..tensorfile import fingerprint_of
+from .checkpoint import Checkpoint, make_folder, read_checkpoint, write_checkpoint
 from .evaluate import logits_of
 from .examples import Examples, Progress, examples_of, one_ahead
+from .randomness import own_draws, reseed, seed_of, uninterrupted
 from .recipe import Recipe, build_optimizer
 
 
@@ -33,7 +39,7 @@ class Step:
         step, n_steps: number of the step, from 1, and how many there will be.
         epoch: number of the epoch it belongs to, from 1.
         loss: mean loss of the batch before the step.
-        lr: the learning rate's factor in this step, 0 to 1, times the recipe's `lr`.
+        lr: the learning rate of this step, of what is trained with the recipe's `lr`.
         val_accuracy: accuracy on the validation data after an epoch's last step; else None.
         best: whether the network after this step is the best by validation so far.
     """
@@ -49,12 +55,13 @@ class Step:
 
 @dataclass
 class _Run:
-    """What a training carries from one step to the next, besides the network itself."""
+    """What a training carries from one step to the next, besides the network and the optimiser."""
 
     step: int = 0
+    epochs: int = 0  # done, validation included
     best_accuracy: float = -1.0
-    best: dict[str, Tensor] | None = None
-    good: dict[str, Tensor] = field(default_factory=dict)
+    best: Mapping[str, Tensor] = field(default_factory=dict)
+    good: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def fit(
@@ -70,50 +77,65 @@ def fit(
 ) -> Iterator[Step]:
     """Trains the domain's own numbers of `model` in place, one step for every record it yields.
 
-    With `val`, the network is at the end the one of the epoch that did best there; leaving the loop
-    early keeps the network of the last step.
+    With `val`, the network is at the end the one of the epoch that did best there (the first of
+    equals); leaving the loop early keeps the network of the last step. In the loop the network is
+    in train mode, after it in eval mode.
 
     Args:
         train, val: `Images`, `Prepared` (see onetrunk.data), or a map-style dataset of (image,
             label) whose images are PIL images, uint8 arrays or float tensors (c, h, w).
         recipe: by default `Recipe()`.
         checkpoint: a file that is written every `checkpoint_every_s` seconds and when the loop is
-            left; where it exists already, training goes on from it. Remove it when done.
+            left, by Ctrl-C too; where it exists already, training goes on from it. Remove it when
+            done.
         device: by default CUDA, then MPS, then the CPU, whatever there is; the network is moved.
         progress: called with (images read, images) while the images are prepared.
 
     Raises:
-        TrainingError: for data or a checkpoint that does not fit, and for a loss that is not
-            finite; the network then has the state after its last good epoch.
+        TrainingError: for data or a checkpoint that does not fit, and for a loss or gradient that
+            is not finite; the network then has the state after its last good epoch.
+        DamagedError: where the checkpoint's bytes are not what was written.
         DataError: where images cannot be read.
 
-    >>> # for step in fit(model, images, Recipe(epochs=5), val=more): print(step.loss)
+    >>> from torch.utils.data import TensorDataset
+    >>> from onetrunk import Recipe, attach
+    >>> net = nn.Sequential(
+    ...     nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    ... )
+    >>> model = attach(net, classes=["dark", "light"], input_size=(3, 8, 8))
+    >>> images = TensorDataset(torch.rand(8, 3, 8, 8), torch.tensor([0, 1] * 4))
+    >>> [step.epoch for step in fit(model, images, Recipe(epochs=2, batch_size=4))]
+    [1, 1, 2, 2]
     """
     recipe = recipe or Recipe()
     device = torch.device(device or best_device())
     train_examples = examples_of(model, train, progress)
     val_examples = None if val is None else examples_of(model, val, progress)
+    _check_dtype(model)
     model.to(device)
-    optimizer = build_optimizer(model, recipe, len(train_examples))
-    run = _Run(good=_snapshot(model))
-    identity = _identity(model, train_examples, recipe)
-    if checkpoint is not None and Path(checkpoint).exists():
-        _resume(Path(checkpoint), model, optimizer, run, identity)
-    loop = _Loop(model, train_examples, val_examples, recipe, optimizer, run, device)
-    saved_at = time.monotonic()
+    loop = _Loop(model, train_examples, val_examples, recipe, device)
+    keeper = None
+    if checkpoint is not None:
+        keeper = _Keeper(Path(checkpoint), checkpoint_every_s, loop)
+        keeper.resume()
     try:
-        for record in loop.steps():
-            yield record
-            if checkpoint is not None and time.monotonic() - saved_at >= checkpoint_every_s:
-                _save(Path(checkpoint), model, optimizer, run, identity)
-                saved_at = time.monotonic()
-    except GeneratorExit:  # the caller left its loop, by `break` or by an exception of its own
-        if checkpoint is not None:
-            _save(Path(checkpoint), model, optimizer, run, identity)
+        with closing(loop.steps()) as steps:
+            for record in steps:
+                yield record
+                if keeper is not None:
+                    keeper.save_if_due()
+    except (GeneratorExit, KeyboardInterrupt, SystemExit):
+        # the caller left its loop, by `break` or an exception of its own, or somebody stopped us:
+        # never inside a step, which is `uninterrupted`
+        if keeper is not None:
+            keeper.save()
         raise
-    if run.best is not None:
-        _restore(model, run.best)
-    model.eval()
+    else:
+        if loop.run.best:
+            _restore(model, loop.run.best)
+    finally:
+        loop.optimizer.zero_grad()
+        model.eval()
 
 
 def best_device() -> str:
@@ -132,103 +154,201 @@ class _Loop:
         train: Examples,
         val: Examples | None,
         recipe: Recipe,
-        optimizer: torch.optim.Optimizer,
-        run: _Run,
         device: torch.device,
     ) -> None:
-        self.model, self.train, self.val, self.recipe = model, train, val, recipe
-        self.optimizer, self.run, self.device = optimizer, run, device
+        self.model, self.train, self.val = model, train, val
+        self.recipe, self.device = recipe, device
+        self.optimizer = build_optimizer(model, recipe, len(train))
+        self.run = _Run(good=_snapshot(model))
         self.batch_size = min(recipe.batch_size, len(train))
         self.steps_an_epoch = len(train) // self.batch_size
-        self.n_steps = self.steps_an_epoch * recipe.epochs
+        self.n_epochs = recipe.n_epochs(len(train))
+        self.n_steps = self.steps_an_epoch * self.n_epochs
         self.dtype = next(model.parameters()).dtype
         self.autocast = _autocasts(recipe, device)
+        self.failed = False  # then network and step do not belong together: nothing to keep
 
-    def steps(self) -> Iterator[Step]:
-        first_epoch = self.run.step // self.steps_an_epoch
-        for epoch in range(first_epoch, self.recipe.epochs):
-            yield from self._epoch(epoch)
+    def steps(self) -> Generator[Step, None, None]:
+        if self._at_end_of_epoch():  # stopped in its validation
+            self._end_epoch()
+        for epoch in range(self.run.epochs, self.n_epochs):
+            with closing(self._epoch(epoch)) as steps:
+                yield from steps
 
-    def _epoch(self, epoch: int) -> Iterator[Step]:
+    def _epoch(self, epoch: int) -> Generator[Step, None, None]:
         done = self.run.step - epoch * self.steps_an_epoch
         batches = self._order(epoch)[done:]
-        for x_bchw, labels_b in one_ahead(lambda rows: self._batch(rows, epoch), batches):
-            lr = self.recipe.learning_rate(self.run.step, self.n_steps)
-            loss = self._step(x_bchw, labels_b, lr)
-            if not math.isfinite(loss):
-                self._stop(loss)
-            self.run.step += 1
-            last = self.run.step % self.steps_an_epoch == 0
-            accuracy, best = self._after_epoch() if last else (None, False)
-            yield Step(
-                self.run.step, self.n_steps, epoch + 1, loss, lr * self.recipe.lr, accuracy, best
-            )
+        with closing(self._made(batches, epoch)) as made:
+            for x_bchw, labels_b in made:
+                lr = self.recipe.learning_rate(self.run.step, self.n_steps)
+                with uninterrupted():
+                    loss = self._step(x_bchw, labels_b, lr)
+                    self.run.step += 1
+                accuracy, best = self._end_epoch() if self._at_end_of_epoch() else (None, False)
+                yield Step(
+                    self.run.step,
+                    self.n_steps,
+                    epoch + 1,
+                    loss,
+                    lr * self.recipe.lr,
+                    accuracy,
+                    best,
+                )
+
+    def _at_end_of_epoch(self) -> bool:
+        return self.run.step == (self.run.epochs + 1) * self.steps_an_epoch
 
     def _order(self, epoch: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(_mixed(self.recipe.seed, epoch))
+        generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, "order", epoch))
         order = torch.randperm(len(self.train), generator=generator)
         return list(order[: self.steps_an_epoch * self.batch_size].split(self.batch_size))
 
-    def _batch(self, rows: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        scale = self.recipe.crop_scale
-        x_bchw = self.train.training_views(rows, self.recipe.seed, epoch, scale)
-        return x_bchw, self.train.labels[rows]
+    def _made(
+        self, batches: list[Tensor], epoch: int
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
+        def make(rows: Tensor) -> tuple[Tensor, Tensor]:
+            scale = self.recipe.crop_scale
+            x_bchw = self.train.training_views(rows, self.recipe.seed, epoch, scale)
+            return x_bchw, self.train.labels[rows]
+
+        return one_ahead(make, batches) if self.train.runs_ahead else (make(r) for r in batches)
 
     def _step(self, x_bchw: Tensor, labels_b: Tensor, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr
         self.model.train()
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(_mixed(self.recipe.seed, self.run.step))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                logits_bc = self.model(x_bchw.to(self.device, self.dtype))
-            loss = F.cross_entropy(
-                logits_bc.float() if self.autocast else logits_bc,
-                labels_b.to(self.device),
-                label_smoothing=self.recipe.label_smoothing,
-            )
-            self.optimizer.zero_grad()
+        self.optimizer.zero_grad()
+        with own_draws(self.device):
+            reseed(seed_of(self.recipe.seed, "dropout", self.run.step), self.device)
+            loss = self._loss(x_bchw, labels_b)
             loss.backward()
-        if not torch.isfinite(loss):
-            return float(loss)
-        if self.recipe.clip_norm is not None:
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(trained, self.recipe.clip_norm)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, self.recipe.clip_norm or math.inf)
+        found = float(loss.detach())
+        if not math.isfinite(found):
+            raise self._stopped(f"the loss is {found} at step {self.run.step + 1}")
+        if not math.isfinite(norm):
+            raise self._stopped(f"the gradient is not finite at step {self.run.step + 1}")
         self.optimizer.step()
-        return float(loss.detach())
+        return found
 
-    def _after_epoch(self) -> tuple[float | None, bool]:
+    def _loss(self, x_bchw: Tensor, labels_b: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            y = self._logits(x_bchw.to(self.device, self.dtype))
+        half = y.dtype in (torch.bfloat16, torch.float16)
+        return F.cross_entropy(
+            y.float() if half else y,
+            labels_b.to(self.device),
+            label_smoothing=self.recipe.label_smoothing,
+        )
+
+    def _logits(self, x_bchw: Tensor) -> Tensor:
+        try:
+            y = self.model(x_bchw)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TrainingError(
+                f"a batch of {len(x_bchw)} image is too few for batch norm, which takes the "
+                "variance over the batch: give at least two images and Recipe(batch_size=2)."
+            ) from error
+        # torchvision's Inception and GoogLeNet put auxiliary logits behind in train mode
+        return y if isinstance(y, Tensor) else y[0]
+
+    def _end_epoch(self) -> tuple[float | None, bool]:
+        """Validates and keeps the network: (accuracy, whether it is the best so far)."""
+        state = _snapshot(self.model)
+        if not all(torch.isfinite(t).all() for t in state.values() if t.is_floating_point()):
+            raise self._stopped(f"the network has NaN or infinity after step {self.run.step}")
         accuracy, best = None, False
         if self.val is not None:
             logits_nc = logits_of(self.model, self.val)
-            accuracy = float((logits_nc.argmax(1) == self.val.labels).float().mean())
+            if not torch.isfinite(logits_nc).all():
+                raise self._stopped(f"the validation logits are not finite at step {self.run.step}")
+            accuracy = float((logits_nc.argmax(1) == self.val.labels).double().mean())
             best = accuracy > self.run.best_accuracy
-        state = _snapshot(self.model)
-        if all(torch.isfinite(t).all() for t in state.values() if t.is_floating_point()):
+        with uninterrupted():
             self.run.good = state
-        elif self.run.step == self.n_steps:
-            self._stop(math.nan)
-        if best and self.run.good is state:
-            self.run.best_accuracy, self.run.best = accuracy or 0.0, state
+            self.run.epochs += 1
+            if best and accuracy is not None:
+                self.run.best_accuracy, self.run.best = accuracy, state
         return accuracy, best
 
-    def _stop(self, loss: float) -> None:
-        _restore(self.model, self.run.best or self.run.good)
-        raise TrainingError(
-            f"the loss is {loss} at step {self.run.step + 1} of {self.n_steps}: the network has "
-            f"its last good state again. Lower the learning rate (lr={self.recipe.lr:g}), or look "
-            "for broken numbers in the data."
+    def _stopped(self, what: str) -> TrainingError:
+        """Gives the network its last good state; the error to raise then."""
+        self.failed = True
+        _restore(self.model, self.run.good)
+        epochs = self.run.epochs
+        good = f"its state after epoch {epochs}" if epochs else "the state it came with"
+        return TrainingError(
+            f"{what} of {self.n_steps}: the network has {good} again. Lower the learning rate "
+            f"(lr={self.recipe.lr:g}), or look for broken numbers in the data."
         )
 
 
-def _mixed(seed: int, number: int) -> int:
-    return (seed * 1_000_003 + number + 1) % 2**63
+class _Keeper:
+    """Writes a training's checkpoint, and reads it where there is one."""
+
+    def __init__(self, path: Path, every_s: float, loop: _Loop) -> None:
+        self.path, self.every_s, self.loop = path, every_s, loop
+        self.identity = _identity(loop)
+        self.computed_with = {
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "device": loop.device.type,
+        }
+        self.saved_at = time.monotonic()
+
+    def save_if_due(self) -> None:
+        if time.monotonic() - self.saved_at >= self.every_s:
+            self.save()
+
+    def save(self) -> None:
+        if self.loop.failed:
+            return
+        run = self.loop.run
+        checkpoint = Checkpoint(
+            identity=self.identity,
+            computed_with=self.computed_with,
+            step=run.step,
+            epochs=run.epochs,
+            best_accuracy=run.best_accuracy,
+            network=delta(self.loop.model),
+            best=run.best,
+            good=run.good,
+            optimizer=_optimizer_state(self.loop.optimizer),
+        )
+        write_checkpoint(self.path, checkpoint)
+        self.saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        if not self.path.exists():
+            make_folder(self.path)  # a path that cannot be written fails before the training
+            return
+        saved = read_checkpoint(self.path, self.identity, self.computed_with)
+        _restore(self.loop.model, saved.network)
+        self.loop.run = _Run(
+            saved.step,
+            saved.epochs,
+            saved.best_accuracy,
+            _moved(saved.best, self.loop.device),
+            _moved(saved.good, self.loop.device),
+        )
+        _fill_optimizer(self.loop.optimizer, saved.optimizer)
+
+
+def _check_dtype(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise TrainingError(
+                f"{name} is float16, in which training overflows: attach to backbone.float(), and "
+                "for speed train with Recipe(precision='bfloat16')."
+            )
 
 
 def _autocasts(recipe: Recipe, device: torch.device) -> bool:
     if recipe.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return recipe.precision == "bfloat16"
 
 
@@ -236,63 +356,36 @@ def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in delta(model).items()}
 
 
+def _moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
 @torch.no_grad()
-def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+def _restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Fills the domain's own tensors in place."""
     for name, tensor in delta(model).items():
         tensor.copy_(state[name])
 
 
-def _identity(model: nn.Module, train: Examples, recipe: Recipe) -> dict[str, Any]:
+def _identity(loop: _Loop) -> dict[str, Any]:
     """What a checkpoint must agree on with the training that goes on from it."""
-    labels = train.labels
-    weighted = (labels * torch.arange(1, len(labels) + 1)).sum()
+    domain, state = domain_of(loop.model), loop.model.state_dict()
+    own = [[name, list(t.shape), str(t.dtype)] for name, t in delta(loop.model).items()]
+    recipe = {f"recipe.{key}": value for key, value in dataclasses.asdict(loop.recipe).items()}
     return {
-        "recipe": str(recipe),
-        "family": model.domain.family,
-        "classes": list(model.domain.classes),
-        "n_images": len(train),
-        "labels": int(weighted),
-        "tensors": len(delta_names(model)),
-        "threads": torch.get_num_threads(),
+        **recipe,
+        "family": domain.family,
+        "classes": list(domain.classes),
+        "preprocessing": domain.preprocessing and domain.preprocessing.to_json(),
+        "backbone": fingerprint_of({name: state[name] for name in domain.frozen}),
+        "trained tensors": hashlib.sha256(json.dumps(own).encode()).hexdigest(),
+        "training images": _described(loop.train),
+        "validation images": _described(loop.val),
     }
 
 
-def _save(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    run: _Run,
-    identity: dict[str, Any],
-) -> None:
-    write_checkpoint(
-        path,
-        Checkpoint(
-            identity=identity,
-            step=run.step,
-            best_accuracy=run.best_accuracy,
-            network=delta(model),
-            best=run.best,
-            good=run.good,
-            optimizer=_optimizer_state(optimizer),
-        ),
-    )
-
-
-def _resume(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    run: _Run,
-    identity: dict[str, Any],
-) -> None:
-    saved = read_checkpoint(path, identity)
-    _restore(model, saved.network)
-    device = next(model.parameters()).device
-    run.step, run.best_accuracy = saved.step, saved.best_accuracy
-    run.best = None if saved.best is None else {n: t.to(device) for n, t in saved.best.items()}
-    run.good = {n: t.to(device) for n, t in saved.good.items()}
-    _fill_optimizer(optimizer, saved.optimizer)
+def _described(examples: Examples | None) -> str:
+    return "none" if examples is None else f"{len(examples)}, {examples.fingerprint()[:16]}"
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -305,7 +398,7 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _fill_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _fill_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")

@@ -1,6 +1,6 @@
 """predict: the likeliest classes, with names and probabilities, of files, folders or arrays."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..core.attach import domain_of
-from ..core.merge import model_in_eval
-from ..data import decode
+from ..data import Preprocessing, decode
 from ..errors import DataError
+from .evaluate import ready
 from .examples import preprocessing_of
 
+Row = tuple[tuple[str, float], ...]  # (class, probability), the likeliest first
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -30,12 +31,18 @@ class Prediction:
     """
 
     name: str
-    classes: tuple[tuple[str, float], ...]
+    classes: Row
     problem: str = ""
 
     @property
     def best(self) -> str:
-        """The likeliest class."""
+        """The likeliest class.
+
+        Raises:
+            DataError: where the image could not be read.
+        """
+        if self.problem:
+            raise DataError(self.problem)
         return self.classes[0][0]
 
 
@@ -47,88 +54,125 @@ def predict(
     batch_size: int = 32,
     device: str | torch.device | None = None,
 ) -> list[Prediction]:
-    """The `top_k` likeliest classes of every image; the network stays as it was.
+    """The `top_k` likeliest classes of every image; the network stays as and where it was.
 
     Args:
-        images: a file, a folder (its image files, at any depth), a PIL image, a uint8 array
-            (h, w, c), a float tensor (b, c, h, w) that is the network's input, or a list of files,
-            images or arrays.
+        images: a file, a folder (its image files, at any depth), a PIL image, an encoded file's
+            bytes, a uint8 array (h, w, c), a float tensor (b, c, h, w) that is the network's input,
+            or a list (or an array of arrays) of files, images, bytes or arrays.
 
     Raises:
-        DataError: where there is no such file or no image at all. An image in a folder or list that
-            cannot be read gets a prediction with `problem` instead.
+        DataError: where there is no such file or no image at all, and for a single image that
+            cannot be read. One in a folder or list gets a prediction with `problem` instead.
     """
     if top_k < 1:
         raise DataError(f"top_k={top_k}: ask for at least one class.")
-    network = model_in_eval(model)
-    if device is not None:
-        network = network.to(device)
+    network = ready(model, device)
     if isinstance(images, Tensor):
-        names = [str(i) for i in range(len(images))]
-        return _named(network, names, images.split(batch_size), top_k)
-    return list(_predicted(network, _listed(images), top_k, batch_size))
-
-
-def _predicted(
-    network: nn.Module, items: Sequence[tuple[str, Any]], top_k: int, batch_size: int
-) -> Iterator[Prediction]:
+        return _of_input(network, images, top_k, batch_size)
     preprocessing = preprocessing_of(network)
-    for start in range(0, len(items), batch_size):
-        prepared: list[Tensor] = []
-        names: list[str] = []
-        problems: dict[str, str] = {}
-        for name, item in items[start : start + batch_size]:
-            try:
-                prepared.append(preprocessing.prepare(decode(item, name=name)))
-                names.append(name)
-            except DataError as error:
-                if len(items) == 1:
-                    raise
-                problems[name] = str(error)
-        found = {}
-        if prepared:
-            views_bchw = preprocessing.evaluation_view(torch.stack(prepared))
-            found = {p.name: p for p in _named(network, names, [views_bchw], top_k)}
-        for name, _ in items[start : start + batch_size]:
-            yield found.get(name) or Prediction(name, (), problems[name])
+    if _is_single(images):
+        name = str(images) if isinstance(images, (str, Path)) else "0"
+        x_1chw = preprocessing.evaluation_view(_prepared(name, images, preprocessing)[None])
+        return [Prediction(name, row) for row in _likeliest(network, x_1chw, top_k)]
+    items = _listed(images)
+    return [
+        prediction
+        for start in range(0, len(items), batch_size)
+        for prediction in _of_images(
+            network, preprocessing, items[start : start + batch_size], top_k
+        )
+    ]
+
+
+def _of_input(network: nn.Module, x_bchw: Tensor, top_k: int, batch_size: int) -> list[Prediction]:
+    if x_bchw.ndim != 4 or not x_bchw.is_floating_point():
+        raise DataError(
+            f"predict was given a tensor of {x_bchw.dtype} {tuple(x_bchw.shape)}: a tensor is the "
+            "network's input, float (b, c, h, w). Give pictures as arrays: tensor.numpy()."
+        )
+    rows = [row for x in x_bchw.split(batch_size) for row in _likeliest(network, x, top_k)]
+    return [Prediction(str(number), row) for number, row in enumerate(rows)]
+
+
+def _of_images(
+    network: nn.Module, preprocessing: Preprocessing, items: Sequence[tuple[str, Any]], top_k: int
+) -> Iterator[Prediction]:
+    """The predictions of one batch, in order; broken images among them."""
+    prepared: list[Tensor] = []
+    problems: dict[int, str] = {}
+    for place, (name, item) in enumerate(items):
+        try:
+            prepared.append(_prepared(name, item, preprocessing))
+        except DataError as error:
+            problems[place] = str(error)
+    rows: Iterator[Row] = iter(())
+    if prepared:
+        views_bchw = preprocessing.evaluation_view(torch.stack(prepared))
+        rows = iter(_likeliest(network, views_bchw, top_k))
+    for place, (name, _) in enumerate(items):
+        if place in problems:
+            yield Prediction(name, (), problems[place])
+        else:
+            yield Prediction(name, next(rows))
 
 
 @torch.no_grad()
-def _named(
-    network: nn.Module, names: Sequence[str], batches: Iterable[Tensor], top_k: int
-) -> list[Prediction]:
+def _likeliest(network: nn.Module, x_bchw: Tensor, top_k: int) -> list[Row]:
     classes = domain_of(network).classes
     reference = next(network.parameters())
-    rows: list[tuple[tuple[str, float], ...]] = []
-    for x_bchw in batches:
-        probabilities_bc = network(x_bchw.to(reference.device, reference.dtype)).float().softmax(1)
-        top = probabilities_bc.topk(min(top_k, len(classes)), dim=1)
-        for values, places in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            rows.append(tuple((classes[i], p) for i, p in zip(places, values, strict=True)))
-    return [Prediction(name, row) for name, row in zip(names, rows, strict=True)]
+    probabilities_bc = network(x_bchw.to(reference.device, reference.dtype)).float().softmax(1)
+    top = probabilities_bc.topk(min(top_k, len(classes)), dim=1)
+    return [
+        tuple((classes[i], p) for i, p in zip(places, values, strict=True))
+        for values, places in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    ]
+
+
+def _prepared(name: str, item: Any, preprocessing: Preprocessing) -> Tensor:
+    return preprocessing.prepare(decode(item, name=name))
+
+
+def _is_single(images: Any) -> bool:
+    if isinstance(images, np.ndarray):
+        return images.ndim < 4
+    if isinstance(images, (str, Path)):
+        return _existing(Path(images)).is_file()
+    return isinstance(images, (Image.Image, bytes))
 
 
 def _listed(images: Any) -> list[tuple[str, Any]]:
-    """(name, something `decode` takes) of every image."""
+    """(name, something `decode` takes) of every image of a folder or list."""
     if isinstance(images, (str, Path)):
         return _files(Path(images))
-    if isinstance(images, (Image.Image, np.ndarray)):
-        return [("0", images)]
-    items = [
-        (str(item) if isinstance(item, (str, Path)) else str(number), item)
-        for number, item in enumerate(images)
-    ]
-    if not items:
+    try:
+        listed = list(images)
+    except TypeError:
+        raise DataError(
+            f"predict was given a {type(images).__name__}: give a file, a folder, a picture, "
+            "or a list."
+        ) from None
+    if not listed:
         raise DataError("predict was given no image at all: give a file, a folder, or a list.")
-    return [(name, Path(item) if isinstance(item, str) else item) for name, item in items]
+    items: list[tuple[str, Any]] = []
+    for number, item in enumerate(listed):
+        if not isinstance(item, (str, Path)):
+            items.append((str(number), item))
+        elif Path(item).is_dir():
+            items += _files(Path(item))
+        else:
+            items.append((str(item), item))
+    return items
 
 
-def _files(path: Path) -> list[tuple[str, Any]]:
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not found:
-            raise DataError(f"{path}: no image below this folder ({', '.join(SUFFIXES)}).")
-        return [(str(p), p) for p in found]
+def _files(folder: Path) -> list[tuple[str, Any]]:
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not found:
+        raise DataError(f"{folder}: no image below this folder ({', '.join(SUFFIXES)}).")
+    return [(str(path), path) for path in found]
+
+
+def _existing(path: Path) -> Path:
     if not path.exists():
         raise DataError(f"{path}: there is no such file or folder.")
-    return [(str(path), path)]
+    return path

@@ -4,6 +4,7 @@ The yardstick for every family: what the backbone knows of a domain already. Mul
 regression by L-BFGS on standardised features, its decay chosen on validation data.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,19 +14,21 @@ from torch import Tensor, nn
 from ..core.adapters import Head
 from ..core.attach import attach, domain_of
 from ..data import Preprocessing
-from .examples import Examples, Progress, examples_of
+from ..errors import TrainingError
 from .evaluate import logits_of
+from .examples import Examples, Progress, examples_of
 from .fit import fit
 from .recipe import Recipe
 
 DECAYS = (1e-2, 1e-1, 1.0, 1e1, 1e2)
+BY_STEPS = Recipe(epochs=20, lr=1e-2)  # for heads that are not one linear layer with a bias
 
 
 def linear_probe(
     backbone: nn.Module,
     train: Any,
     val: Any,
-    classes: tuple[str, ...],
+    classes: Sequence[str],
     *,
     preprocessing: Preprocessing | None = None,
     head: str | None = None,
@@ -34,27 +37,51 @@ def linear_probe(
 ) -> nn.Module:
     """A domain of family `head`, trained to the optimum on evaluation views of the images.
 
+    A head that is not one linear layer with a bias on one vector an image (two heads, a
+    convolution) is trained by `fit` instead.
+
     Args:
         train, val: as for `fit`; the decay is chosen on `val`.
+        head: the classifier's module path, as for `attach`.
+        device: where to compute; by default where the backbone is.
         progress: called with (images done, images) while features are computed.
+
+    Raises:
+        AttachError, BackboneError: as `attach`.
+        TrainingError, DataError: as `fit`, for data that does not fit, and where the backbone's
+            features are not finite.
     """
-    model = attach(backbone, Head(), classes, preprocessing=preprocessing, head=head)
+    model = attach(
+        backbone,
+        Head(),
+        classes,
+        preprocessing=preprocessing,
+        input_size=_size(preprocessing),
+        head=head,
+    )
     examples, val_examples = examples_of(model, train), examples_of(model, val)
     heads = domain_of(model).head
     layer = model.get_submodule(heads[0])
-    if len(heads) > 1 or not isinstance(layer, nn.Linear) or layer.bias is None:
-        for _ in fit(model, examples, Recipe(epochs=20, lr=1e-2), val=val_examples, device=device):
-            pass
-        return model
-    features = features_of(model, heads[0], examples, device, progress)
-    val_features = features_of(model, heads[0], val_examples, device, None)
-    weight, bias = best_logistic(
-        features, examples.labels, val_features, val_examples.labels, len(classes)
-    )
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
-    return model.eval()
+    if len(heads) == 1 and isinstance(layer, nn.Linear) and layer.bias is not None:
+        x_nf = features_of(model, heads[0], examples, device, progress)
+        if x_nf.shape == (len(examples), layer.in_features):
+            val_x_nf = features_of(model, heads[0], val_examples, device, None)
+            labels = examples.labels, val_examples.labels
+            weight, bias = best_logistic(x_nf, labels[0], val_x_nf, labels[1], len(classes))
+            with torch.no_grad():
+                layer.weight.copy_(weight)
+                layer.bias.copy_(bias)
+            return model.eval()
+    device = device or next(model.parameters()).device
+    for _ in fit(model, examples, BY_STEPS, val=val_examples, device=device):
+        pass
+    return model
+
+
+def _size(preprocessing: Preprocessing | None) -> tuple[int, int, int] | None:
+    if preprocessing is None:
+        return None
+    return preprocessing.channels, preprocessing.size_px, preprocessing.size_px
 
 
 @torch.no_grad()
@@ -75,7 +102,11 @@ def features_of(
     device: str | torch.device | None,
     progress: Progress | None,
 ) -> Tensor:
-    """What goes into the head for every example: (n, f)."""
+    """What goes into the head for every example: (n, f) where that is one vector an image.
+
+    Raises:
+        TrainingError: where a feature is not finite.
+    """
     found: list[Tensor] = []
     hook = model.get_submodule(head).register_forward_pre_hook(
         lambda _module, args: found.append(args[0].detach().float().cpu())
@@ -84,14 +115,20 @@ def features_of(
         logits_of(model.eval(), examples, device=device, progress=progress)
     finally:
         hook.remove()
-    return torch.cat(found)
+    features = torch.cat(found)
+    if not torch.isfinite(features).all():
+        raise TrainingError(
+            "the backbone's features are not finite (NaN or infinity) for these images: look for "
+            "broken numbers in the images or in the backbone's weights."
+        )
+    return features
 
 
 def best_logistic(
     x_nf: Tensor, labels_n: Tensor, val_x_nf: Tensor, val_labels_n: Tensor, n_classes: int
 ) -> tuple[Tensor, Tensor]:
     """Weight (c, f) and bias (c,) of the logistic regression that does best on validation."""
-    mean_f, std_f = x_nf.mean(0), x_nf.std(0).clamp_min(1e-6)
+    mean_f, std_f = x_nf.mean(0), x_nf.std(0, correction=0).clamp_min(1e-6)
     z_nf, val_z_nf = (x_nf - mean_f) / std_f, (val_x_nf - mean_f) / std_f
     best, best_loss = (torch.zeros(n_classes, x_nf.shape[1]), torch.zeros(n_classes)), float("inf")
     weight, bias = best
@@ -119,5 +156,5 @@ def _logistic(
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return weight.detach(), bias.detach()

@@ -66,14 +66,15 @@ def uninterrupted() -> Iterator[None]:
         yield  # signals are the main thread's
         return
     held: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ours = {number: handler for number, handler in before.items() if handler is not None}
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    # None: installed by C code, and Python could not put it back
+    known = {which: handler for which, handler in before.items() if handler is not None}
     try:
-        for number in ours:
-            signal.signal(number, lambda number, _frame: held.append(number))
+        for which in known:
+            signal.signal(which, lambda number, _frame: held.append(number))
         yield
     finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
+        for which, handler in known.items():
+            signal.signal(which, handler)
         for number in dict.fromkeys(held):
             signal.raise_signal(number)

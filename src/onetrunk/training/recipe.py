@@ -8,7 +8,8 @@ released optimiser the decay of one layer leaks into the next, see RELEASED).
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, TypeGuard
 
 from torch import nn, optim
 
@@ -27,14 +28,16 @@ class Recipe:
     """How to train a domain. The default is chosen by the evidence in docs/recipes.md.
 
     Args:
-        epochs: passes over the training images.
-        batch_size: images a step; the last, smaller batch of an epoch is left out.
+        epochs: passes over the training images; None: by their number, see `n_epochs`.
+        batch_size: images a step; the last, smaller batch of an epoch is left out, and a domain
+            with fewer images has one step an epoch.
         optimizer: `adamw` or `sgd`.
         lr: the highest learning rate, of adapters, norms and head.
         lr_full: the same of pretrained weights that are trained themselves (`Full`).
         momentum, nesterov: of SGD.
         decay_adapter, decay_norm, decay_head, decay_full: weight decay by kind of parameter.
-        decay_by_size: a table ((n, decay), ...): the adapters' decay for domains of up to n images.
+        decay_by_size: a table ((n, decay), ...), the smallest n first: the adapters' decay for
+            domains of up to n training images; larger ones have `decay_adapter`.
         schedule: `cosine` (to zero), `step` (times 0.1 at `drops`) or `constant`.
         drops: where `step` drops, as shares of the training.
         warmup: share of the training in which the learning rate rises from zero.
@@ -49,10 +52,10 @@ class Recipe:
         TrainingError: for a value out of range.
     """
 
-    epochs: int = 30
+    epochs: int | None = None
     batch_size: int = 32
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 2e-3
+    lr: float = 5e-3
     lr_full: float = 3e-4
     momentum: float = 0.9
     nesterov: bool = False
@@ -66,36 +69,73 @@ class Recipe:
     warmup: float = 0.1
     label_smoothing: float = 0.1
     clip_norm: float | None = 1.0
-    crop_scale: tuple[float, float] | None = None
+    crop_scale: tuple[float, float] | None = (0.4, 1.0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = {"epochs": self.epochs, "batch_size": self.batch_size}
-        for name, value in whole.items():
-            if not isinstance(value, int) or value < 1:
-                raise TrainingError(f"Recipe({name}={value!r}): give a whole number of at least 1.")
+        if self.epochs is not None and not (_is_whole(self.epochs) and self.epochs >= 1):
+            raise self._refused("epochs", "a whole number of at least 1, or None")
+        if not _is_whole(self.batch_size) or self.batch_size < 1:
+            raise self._refused("batch_size", "a whole number of at least 1")
+        if not _is_whole(self.seed):
+            raise self._refused("seed", "a whole number")
         for name in ("lr", "lr_full", "decay_adapter", "decay_norm", "decay_head", "decay_full"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise TrainingError(f"Recipe({name}={getattr(self, name)!r}): give 0 or more.")
+            if not _is_number(getattr(self, name)):
+                raise self._refused(name, "a number of 0 or more")
         for name in ("warmup", "momentum", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise TrainingError(
-                    f"Recipe({name}={getattr(self, name)!r}): give a share from 0 to below 1."
-                )
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise TrainingError(f"Recipe(clip_norm={self.clip_norm!r}): give more than 0, or None.")
+            if not _is_number(getattr(self, name)) or getattr(self, name) >= 1:
+                raise self._refused(name, "a share from 0 to below 1")
+        if self.clip_norm is not None and not (_is_number(self.clip_norm) and self.clip_norm):
+            raise self._refused("clip_norm", "a number above 0, or None")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise TrainingError(
-                    f"Recipe({name}={getattr(self, name)!r}): known are {', '.join(known)}."
-                )
+                raise self._refused(name, f"one of {', '.join(known)}")
+        if not isinstance(self.nesterov, bool) or (self.nesterov and not self.momentum):
+            raise self._refused("nesterov", "True (with a momentum above 0) or False")
+        self._check_tables()
+        self._normalise()
+
+    def _check_tables(self) -> None:
+        if not _is_list(self.drops) or not all(_is_number(x) and x <= 1 for x in self.drops):
+            raise self._refused("drops", "shares of the training, e.g. (0.5, 0.75)")
+        table = self.decay_by_size
+        if not _is_list(table) or not all(_is_size_and_decay(row) for row in table):
+            raise self._refused("decay_by_size", "(images, decay) pairs, e.g. ((2000, 0.005),)")
+        if any(fewer[0] >= more[0] for fewer, more in pairwise(table)):
+            raise self._refused("decay_by_size", "the pair with the fewest images first")
+        crop = self.crop_scale
+        pair = _is_list(crop) and len(crop) == 2 and all(_is_number(x) for x in crop)
+        if crop is not None and not (pair and 0 < crop[0] <= crop[1] <= 1):
+            raise self._refused("crop_scale", "(least, most) with 0 < least <= most <= 1, or None")
+
+    def _normalise(self) -> None:
+        """One written form for equal values: 1 and 1.0, a list and a tuple."""
+        normal: dict[str, Any] = {
+            name: float(getattr(self, name)) for name in _FLOATS if getattr(self, name) is not None
+        }
+        normal["drops"] = tuple(float(share) for share in self.drops)
+        normal["decay_by_size"] = tuple((n, float(decay)) for n, decay in self.decay_by_size)
+        if self.crop_scale is not None:
+            normal["crop_scale"] = tuple(float(share) for share in self.crop_scale)
+        for name, value in normal.items():
+            object.__setattr__(self, name, value)
+
+    def _refused(self, name: str, wanted: str) -> TrainingError:
+        return TrainingError(f"Recipe({name}={getattr(self, name)!r}): give {wanted}.")
 
     def __str__(self) -> str:
-        return written.write("recipe", written.changed_fields(self))
+        """The form that `read_recipe` reads: the nearest named recipe and what differs from it."""
+        ours = _fields(self)
+        changed = {
+            name: {key: value for key, value in ours.items() if value != getattr(recipe, key)}
+            for name, recipe in RECIPES.items()
+        }
+        nearest = min(changed, key=lambda name: len(changed[name]))
+        return written.write(nearest, changed[nearest])
 
     def learning_rate(self, step: int, n_steps: int) -> float:
-        """The factor on the learning rate at `step` of `n_steps`, from 0 to 1.
+        """The factor on the learning rate at `step` (from 0) of `n_steps`, from 0 to 1.
 
         >>> recipe = Recipe(schedule="step", warmup=0.0)
         >>> [round(recipe.learning_rate(s, 120), 3) for s in (0, 79, 80, 100)]
@@ -107,8 +147,21 @@ class Recipe:
         if self.schedule == "constant":
             return 1.0
         if self.schedule == "step":
-            return 0.1 ** sum(step >= drop * n_steps for drop in self.drops)
+            return 0.1 ** sum(step >= round(drop * n_steps) for drop in self.drops)
         return 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, n_steps - n_warmup)))
+
+    def n_epochs(self, n_images: int) -> int:
+        """The passes over `n_images` training images.
+
+        Where `epochs` is None: 900 / sqrt(n), from 5 to 90, so that small domains are seen often
+        and large ones take more steps in all.
+
+        >>> [Recipe().n_epochs(n) for n in (100, 300, 2_000, 30_000)]
+        [90, 52, 20, 5]
+        """
+        if self.epochs is not None:
+            return self.epochs
+        return max(5, min(90, round(900 / n_images**0.5)))
 
     def adapter_decay(self, n_images: int) -> float:
         """The adapters' weight decay for a domain of `n_images` training images."""
@@ -118,11 +171,35 @@ class Recipe:
         return self.decay_adapter
 
 
+_FLOATS = (
+    "lr", "lr_full", "momentum", "decay_adapter", "decay_norm", "decay_head", "decay_full",
+    "warmup", "label_smoothing", "clip_norm",
+)  # fmt: skip
 _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adamw", "sgd"),
     "schedule": ("cosine", "step", "constant"),
     "precision": ("auto", "float32", "bfloat16"),
 }
+
+
+def _is_size_and_decay(row: Any) -> bool:
+    return _is_list(row) and len(row) == 2 and _is_whole(row[0]) and _is_number(row[1])
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    """Finite, 0 or more."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return 0 <= value < math.inf
+
+
+def _is_list(value: Any) -> TypeGuard[tuple[Any, ...] | list[Any]]:
+    return isinstance(value, (tuple, list))
+
 
 PAPER = Recipe(
     epochs=120,
@@ -139,8 +216,9 @@ PAPER = Recipe(
     warmup=0.0,
     label_smoothing=0.0,
     clip_norm=None,
+    crop_scale=None,
 )
-"""The papers' text: SGD, 0.1 to 0.001, and more decay for small domains (0.005, 0.002 or 0.0005)."""
+"""The papers' text: SGD, 0.1 to 0.001, and more decay for small domains (0.005, 0.002, 0.0005)."""
 
 RELEASED = dataclasses.replace(
     PAPER,
@@ -165,33 +243,30 @@ def read_recipe(text: str) -> Recipe:
     name, fields = written.read(text, "recipe")
     if name not in RECIPES:
         raise written.unknown("recipe", name, RECIPES)
-    base = {f.name: getattr(RECIPES[name], f.name) for f in dataclasses.fields(Recipe)}
-    recipe: Recipe = written.build(Recipe, {**base, **fields}, text, "recipe")
+    recipe: Recipe = written.build(Recipe, {**_fields(RECIPES[name]), **fields}, text, "recipe")
     return recipe
 
 
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+
+
 def kinds(model: nn.Module) -> dict[str, Kind]:
-    """The kind of every trainable parameter of a domain's network, by name."""
-    fresh_heads = _head_prefixes(model)
-    found: dict[str, Kind] = {}
-    for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                full_name = f"{name}.{own}" if name else own
-                found[full_name] = _kind(module, full_name, fresh_heads)
-    return found
+    """The kind of every trainable parameter of a domain's network, by name; tied ones once."""
+    heads = tuple(f"{name}." for name in domain_of(model).head)
+    return {
+        name: _kind(model.get_submodule(name.rpartition(".")[0]), name, heads)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
-def _kind(module: nn.Module, name: str, heads: tuple[str, ...]) -> Kind:
-    if isinstance(module, Adapter):
+def _kind(owner: nn.Module, name: str, heads: tuple[str, ...]) -> Kind:
+    if isinstance(owner, Adapter):
         return "adapter"
-    if is_norm(module):
+    if is_norm(owner):
         return "norm"
     return "head" if name.startswith(heads) else "full"
-
-
-def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
-    return tuple(f"{name}." for name in domain_of(model).head)
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, n_images: int) -> optim.Optimizer:
@@ -200,8 +275,12 @@ def build_optimizer(model: nn.Module, recipe: Recipe, n_images: int) -> optim.Op
     Raises:
         TrainingError: where nothing of `model` is trainable.
     """
-    lr: dict[Kind, float] = dict.fromkeys(("adapter", "norm", "head"), recipe.lr)  # type: ignore[arg-type]
-    lr["full"] = recipe.lr_full
+    lr: dict[Kind, float] = {
+        "adapter": recipe.lr,
+        "norm": recipe.lr,
+        "head": recipe.lr,
+        "full": recipe.lr_full,
+    }
     decay: dict[Kind, float] = {
         "adapter": recipe.adapter_decay(n_images),
         "norm": recipe.decay_norm,

@@ -88,8 +88,9 @@ def norm_gain_and_shift(
     BN(h) = gain . h + shift, gain = weight / sqrt(var + eps), shift = bias - gain . mean.
     """
     assert norm.running_mean is not None and norm.running_var is not None
+    weight_o, bias_o = norm._parameters["weight"], norm._parameters["bias"]
     gain_o = (norm.running_var.to(like) + norm.eps).rsqrt()
-    if norm.affine:
-        gain_o = gain_o * norm.weight.to(like)
+    if weight_o is not None:
+        gain_o = gain_o * weight_o.to(like)
     shift_o = -gain_o * norm.running_mean.to(like)
-    return gain_o, shift_o + norm.bias.to(like) if norm.affine else shift_o
+    return gain_o, shift_o if bias_o is None else shift_o + bias_o.to(like)

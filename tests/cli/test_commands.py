@@ -1,0 +1,226 @@
+"""The commands, as a user meets them: the whole road, --json, and every refusal in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import onetrunk as ot
+import onetrunk.backbones
+from onetrunk.cli.exporting import export_weights
+
+VERBS = ["quickstart", "new", "train", "evaluate", "predict", "list", "show", "verify", "remove", "export"]
+
+
+def test_the_whole_road(run, photos, tmp_path):
+    bank = tmp_path / "garden.bank"
+    assert run("new", bank, "--backbone", "resnet26(width=0.25)").status == 0
+    trained = run("train", bank, "stripes", "--data", photos, "--epochs", 60)
+    assert trained.status == 0, trained.err
+    assert "linear probe" in trained.out and "of a fine-tuned network" in trained.out
+    evaluated = json.loads(run("evaluate", bank, "stripes", "--data", photos, "--json").out)
+    assert evaluated["accuracy"] > 0.6 and set(evaluated["per_class"]) == {"across", "down"}
+    predicted = run("predict", bank, "stripes", photos / "down", "--top-k", 1)
+    assert predicted.status == 0 and predicted.out.count("\n") == 20
+    listed = json.loads(run("list", bank, "--json").out)
+    assert [domain["name"] for domain in listed["domains"]] == ["stripes"]
+    assert "parallel" in run("show", bank, "stripes").out
+    assert "1 domains whole" in run("verify", bank).out
+    assert run("remove", bank, "stripes", "--yes").status == 0
+    assert json.loads(run("list", bank, "--json").out)["domains"] == []
+
+
+def test_json_is_all_that_goes_to_standard_output(run, photos, bank):
+    ran = run("train", bank, "more", "--data", photos, "--epochs", 1, "--json")
+    result = json.loads(ran.out)
+    assert result["domain"] == "more" and result["linear_probe_accuracy"] is not None
+    assert 0 < result["delta_share_of_backbone"] < 0.2
+    assert json.loads(run("show", bank, "more", "--json").out)["cost"]["adapters"] > 0
+    assert json.loads(run("verify", bank, "--json").out)["ok"] is True
+
+
+def test_what_is_exported_loads_into_the_stock_architecture(run, bank, tmp_path):
+    out = tmp_path / "stripes.safetensors"
+    ran = run("export", bank, "stripes", "--out", out)
+    assert ran.status == 0, ran.err
+    assert "loads into resnet26(width=0.25, num_classes=2)" in ran.out
+    stock = ot.backbones.resnet26(width=0.25, num_classes=2).eval()
+    stock.load_state_dict(load_file(out))
+    images_bchw = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = ot.Bank.open(bank).load("stripes")
+    torch.testing.assert_close(stock(images_bchw), model(images_bchw), rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_says_where_no_stock_architecture_fits(tmp_path):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8, 2),
+    )
+    model = ot.attach(
+        net, ot.Parallel(), ["a", "b"], where=ot.Where(layers="all"), input_size=(3, 16, 16)
+    )
+    report = export_weights(model.eval(), tmp_path / "x.safetensors")
+    assert report["architecture"] is None and report["difference"] <= report["limit"]
+
+
+def test_placement_options_reach_the_plan(run, photos, bank):
+    words = ("train", bank, "late", "--data", photos, "--epochs", 1, "--no-probe", "--json")
+    ran = run(*words, "--adapter", "lowrank(rank=2)", "--stages", "late", "--convs", "first")
+    assert json.loads(ran.out)["sites"] == 4
+    assert json.loads(ran.out)["family"] == "lowrank(rank=2)"
+
+
+def test_a_domain_is_replaced_only_when_asked(run, photos, bank):
+    words = ("train", bank, "stripes", "--data", photos, "--epochs", 1, "--no-probe")
+    refused = run(*words)
+    assert refused.status == 1
+    assert "has a domain 'stripes' already. Use --replace" in refused.err
+    assert run(*words, "--replace").status == 0
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (("list", "nowhere.bank"), "nowhere.bank"),
+        (("show", "{bank}", "strips"), "no domain 'strips'. Did you mean 'stripes'?"),
+        (("remove", "{bank}", "rose", "--yes"), "no domain 'rose'"),
+        (("evaluate", "{bank}", "stripes", "--data", "nowhere"), "nowhere"),
+        (
+            ("evaluate", "{bank}", "stripes", "--data", "sklearn:digits"),
+            "classes are not the domain's",
+        ),
+        (("predict", "{bank}", "stripes", "no.jpg"), "no.jpg: there is no such file"),
+        (("train", "{bank}", "Two Words", "--data", "x"), "Use 'two-words'"),
+        (("train", "{bank}", "x", "--data", "sklearn:digit"), "Did you mean"),
+        (
+            ("train", "{bank}", "x", "--data", "{photos}", "--adapter", "lora(rank=8)"),
+            "unknown adapter family 'lora'",
+        ),
+        (
+            ("train", "{bank}", "x", "--data", "{photos}", "--adapter", "lowrank(rank=999)"),
+            "no matrix there has rank above",
+        ),
+        (
+            ("train", "{bank}", "x", "--data", "{photos}", "--adapter", "lowrank(r=8)"),
+            "has no field 'r': it takes rank",
+        ),
+        (
+            ("train", "{bank}", "x", "--data", "{photos}", "--recipe", "papers"),
+            "Did you mean 'paper'?",
+        ),
+        (
+            ("train", "{bank}", "x", "--data", "{photos}", "--stages", "front"),
+            "known are early, mid, late",
+        ),
+        (("new", "{bank}", "--backbone", "resnet26(width=0.25)"), "{bank}"),
+        (("new", "b.bank", "--backbone", "timm:resnet81"), "unknown timm model 'resnet81'"),
+        (("new", "b.bank", "--backbone", "resnet18"), "unknown backbone 'resnet18'"),
+        (
+            ("new", "b.bank", "--backbone", "resnet26(width=0.3)"),
+            "32 width has to be a whole number",
+        ),
+        (
+            ("new", "b.bank", "--backbone", "resnet26(width=0.5)", "--weights", "w.pth"),
+            "nothing is unpickled",
+        ),
+    ],
+)
+def test_bad_input_gets_one_line_and_status_1(
+    run, bank, photos, tmp_path, monkeypatch, words, says
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.walk(bank))
+    names = {"bank": bank, "photos": photos}
+    ran = run(*(word.format(**names) for word in words))
+    assert ran.status == 1
+    assert says.format(**names) in ran.err
+    assert ran.err.startswith("error: ") and ran.err.count("\n") == 1
+    assert sorted(os.walk(bank)) == before
+    assert not (tmp_path / "b.bank").exists()
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (("frobnicate",), "No such command"),
+        (("train", "b.bank"), "Missing"),
+        (("train", "{bank}", "x", "--data", "d", "--split", "1,2"), "three shares"),
+        (
+            ("evaluate", "{bank}", "stripes", "--data", "d", "--split", "dev"),
+            "none of train, val, test",
+        ),
+        (("remove", "{bank}", "stripes"), "--yes"),
+        (("predict", "{bank}", "stripes", "x.png", "--top-k", "0"), "--top-k"),
+    ],
+)
+def test_wrong_usage_gets_status_2(run, bank, words, says):
+    ran = run(*(word.format(bank=bank) for word in words))
+    assert ran.status == 2
+    assert says in ran.err
+
+
+def test_a_damaged_bank_is_found_and_named(run, bank):
+    blob = max((bank / "blobs").iterdir(), key=lambda file: file.stat().st_size)
+    data = bytearray(blob.read_bytes())
+    data[len(data) // 2] ^= 1
+    blob.write_bytes(data)
+    ran = run("verify", bank)
+    assert ran.status == 1 and "problem(s); the first:" in ran.err and blob.name[:12] in ran.err
+
+
+LISTENING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+from onetrunk.cli.app import main
+main()
+"""
+
+
+def test_stopping_a_training_leaves_the_bank_whole_and_resuming_goes_on(bank, photos):
+    words = ("train", str(bank), "more", "--data", str(photos), "--no-probe", "--epochs", "3000")
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", LISTENING, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "sites" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    time.sleep(2)  # into the training, or at its door
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err.strip().endswith("A training goes on with --resume.")
+    assert list(ot.Bank.open(bank).domains) == ["stripes"]
+    assert ot.Bank.open(bank).verify().ok
+    assert (bank / "unfinished" / "more.safetensors").exists()
+
+
+def test_every_verb_has_help_with_an_example(run):
+    for verb in VERBS:
+        ran = run(verb, "--help")
+        assert ran.status == 0 and "Example: onetrunk " + verb in ran.out.replace("\n", " ")
+
+
+def test_version_and_help_import_no_torch():
+    heavy = "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
+    code = f"import sys; from onetrunk.cli.app import app; {heavy}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (
+        ot.__version__
+        in subprocess.run(
+            [sys.executable, "-m", "onetrunk", "--version"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
