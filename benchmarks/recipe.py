@@ -4,9 +4,9 @@
     python benchmarks/recipe.py --stage grid         every cell, one after another; resumes
     python benchmarks/recipe.py --stage table        the table of docs/recipes.md
 
-Needs ONETRUNK_DATA (a folder of Parquet domains); the ResNets' weights are beside it, in ../weights.
-Every cell is trained once per seed with validation choosing the epoch; test is scored once. Results
-are appended to benchmarks/results/recipe.jsonl, a line a cell. About 3 hours on one core.
+Needs ONETRUNK_DATA (a folder of Parquet domains); the ResNets' weights are beside it, in weights/.
+The cells are in recipe_cells.json. Each is trained once, validation chooses the epoch, test is scored
+once; results are appended to benchmarks/results/recipe.jsonl, a line a cell.
 """
 
 import argparse
@@ -103,10 +103,8 @@ def pretrain(name: str, epochs: int) -> None:
     start = time.time()
     for step in ot.fit(model, splits.train, recipe):
         if step.step % 100 == 0:
-            print(
-                f"{name} {step.step}/{step.n_steps} loss {step.loss:.3f} {time.time() - start:.0f} s",
-                flush=True,
-            )
+            seconds = time.time() - start
+            print(f"{name} {step.step}/{step.n_steps} {step.loss:.3f} {seconds:.0f} s", flush=True)
     accuracy = ot.evaluate(model, splits.val).accuracy
     WEIGHTS.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in model.state_dict().items()}, path)
@@ -182,6 +180,17 @@ def cells(stage: str) -> list[Cell]:
     return [
         Cell(**values) for values in json.loads((HERE / "recipe_cells.json").read_text())[stage]
     ]
+
+
+def table() -> None:
+    """The table of docs/recipes.md, from the results."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    print(
+        "| backbone | domain | images | family | recipe | val | test |\n|---|---|---|---|---|---|---|"
+    )
+    for row in rows:
+        facts = (row["backbone"], row["domain"], row["n_train"], row["trained"], row["recipe"])
+        print("|", " | ".join(map(str, facts)), f"| {row['val']:.3f} | {row['test']:.3f} |")
 
 
 def main() -> None:

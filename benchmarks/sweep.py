@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +119,7 @@ def _lively(name: str, options: dict[str, int]) -> nn.Module:
 
 def check(name: str, tried: Iterable[str] = tuple(TRIED)) -> dict[str, Any]:
     """What one model showed: a JSON value with a result for every family tried."""
-    start = time.perf_counter()
+    start = time.process_time()
     torch.set_num_threads(1)
     row: dict[str, Any] = {"model": name}
     try:
@@ -137,7 +136,7 @@ def check(name: str, tried: Iterable[str] = tuple(TRIED)) -> dict[str, Any]:
         }
     except Exception as error:  # a sweep reports and goes on
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    return row | {"seconds": round(time.perf_counter() - start, 1)}
+    return row | {"seconds": round(time.process_time() - start, 1)}
 
 
 def _family(
@@ -319,25 +318,23 @@ def state() -> str:
 
 def run(names: list[str], workers: int) -> list[dict[str, Any]]:
     """The row of every model, from the cache where it is of this state."""
-    rows = {row["model"]: row for row in _cached() if row["state"] == state()}
+    of_now = state()
+    rows = {row["model"]: row for row in _cached() if row["state"] == of_now}
     todo, start = [name for name in names if name not in rows], time.perf_counter()
     context = multiprocessing.get_context("spawn")
     CACHE.parent.mkdir(exist_ok=True)
     # a fresh process now and then: what a model leaves in memory goes with it
-    with (
-        ProcessPoolExecutor(workers, context, max_tasks_per_child=20) as pool,
-        CACHE.open("a") as log,
-    ):
-        jobs = [pool.submit(check, name) for name in todo]
-        for done, job in enumerate(as_completed(jobs), 1):
-            row = job.result() | {"state": state()}
+    with context.Pool(workers, maxtasksperchild=20) as pool, CACHE.open("a") as log:
+        for done, row in enumerate(pool.imap_unordered(check, todo), 1):
+            row["state"] = of_now
             rows[row["model"]] = row
             log.write(json.dumps(row) + "\n")
             log.flush()
             left = (time.perf_counter() - start) / done * (len(todo) - done)
             told = "; ".join(problems(row)) or "all laws kept"
             print(
-                f"{done}/{len(todo)} {row['model']} {row['seconds']} s: {told} ({left:.0f} s left)"
+                f"{done}/{len(todo)} {row['model']} {row['seconds']} s: {told} ({left:.0f} s left)",
+                flush=True,
             )
     return [rows[name] for name in names]
 

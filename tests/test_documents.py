@@ -22,7 +22,7 @@ def blocks(document: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", document.read_text(), flags=re.M | re.S)
 
 
-def speaking_of(folder: Path) -> dict[str, object]:
+def taken_for_granted() -> dict[str, object]:
     """The names that the documents take for granted."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -31,7 +31,6 @@ def speaking_of(folder: Path) -> dict[str, object]:
     images = Images.from_arrays(arrays, [0, 1] * 4, classes)
     backbone = timm.create_model("resnet18")
     model = ot.attach(backbone, ot.Norm(), classes)
-    ot.Bank.create(folder / "signs.bank", backbone)
     return {
         "ot": ot,
         "backbone": backbone,
@@ -47,17 +46,9 @@ def speaking_of(folder: Path) -> dict[str, object]:
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d)], ids=lambda d: d.name)
 def test_the_code_in_a_document_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = speaking_of(tmp_path)
+    names = taken_for_granted()
     for block in blocks(document):
-        for line in PREPARED.get(document.name, ()):
-            exec(line, names)
         exec(compile(block, str(document), "exec"), names)
-
-
-PREPARED = {
-    "bank.md": ["import shutil; shutil.rmtree('garden.bank', ignore_errors=True)"],
-    "backbones.md": [],
-}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import onetrunk as ot
 from onetrunk.backbones import fingerprint, resnet26
+from onetrunk.core.adapters import Family
 from onetrunk.core.attach import attach, delta
 from onetrunk.core.merge import difference, merge, model_in_eval
 from onetrunk.errors import AttachError, MergeError
@@ -134,6 +135,28 @@ def test_layers_that_pad_by_the_inputs_size_keep_timms_class_for_it() -> None:
     merged = merge(model)
     assert type(merged[0]) is Conv2dSame and not norms(merged)
     assert max(relative(model, merged, images(side)) for side in (31, 32)) <= 1e-5
+
+
+# Without folding norms
+
+
+@pytest.mark.parametrize("family", [ot.Series(), ot.Parallel(), ot.Channelwise()], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "densenet121"])
+def test_with_its_norms_kept_its_numbers_load_into_the_stock_architecture(
+    name: str, family: Family
+) -> None:
+    torch.manual_seed(0)
+    x_bihw = images(64, dtype=torch.float64)
+    model = shaken(attach(timm.create_model(name).double(), family, CLASSES))
+    merged = merge(model, fold_norms=False)
+    assert relative(model, merged, x_bihw) <= 1e-10
+    kept = {n for n, m in model.named_modules() if m in norms(model) and ".adapter." not in n}
+    assert {n for n, m in merged.named_modules() if m in norms(merged)} == kept
+    if name == "densenet121" and not isinstance(family, ot.Parallel):
+        return  # its norms come before the layers: a bias has no norm to go into
+    stock = timm.create_model(name, num_classes=3).double().eval()
+    stock.load_state_dict(merged.state_dict())
+    assert torch.equal(stock(x_bihw), merged(x_bihw))
 
 
 # What a merged network is

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: lines, tables, progress bars with time left; JSON for machines."""
+"""What a person at a terminal sees: lines, tables, bars with time left; JSON for machines."""
 
 import json
 import math

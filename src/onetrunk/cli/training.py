@@ -1,7 +1,7 @@
 """train: one domain from a data source into a bank, with the linear probe as its yardstick."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Request:
     source: str
     family: Family | None = None
     where: Where | None = None
-    recipe: Recipe = Recipe()
+    recipe: Recipe = field(default_factory=Recipe)
     size_px: int | None = None
     hflip: bool | None = None
     squash: bool = False

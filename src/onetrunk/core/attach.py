@@ -186,7 +186,7 @@ def attach(
     ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
     ... )
     >>> attach(net, classes=["daisy", "rose"]).domain.family
-    'lowrank(rank=2)'
+    'parallel'
     """
     names = _checked_classes(classes)
     if hasattr(backbone, "domain") and isinstance(backbone.domain, Domain):

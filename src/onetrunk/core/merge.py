@@ -24,9 +24,7 @@ LEAST = {torch.float64: 1e-10, torch.float32: 2e-6}  # limits where hardly any n
 Layer = nn.Conv2d | nn.Linear
 
 
-def merge(
-    model: nn.Module, *, fold_norms: bool = True, check: Tensor | None = None
-) -> nn.Module:
+def merge(model: nn.Module, *, fold_norms: bool = True, check: Tensor | None = None) -> nn.Module:
     """The ordinary network that computes what the domain's `model` computes in eval mode.
 
     Adapters fold into their layers; a batch norm that alone reads a layer's output folds into that
@@ -37,13 +35,13 @@ def merge(
         model: a domain's network; it is left as it was.
         fold_norms: whether norms are folded. Without it the network keeps the backbone's own layers
             and names, so that its `state_dict` loads into the stock architecture; a bias that an
-            adapter adds to a layer without one goes into the norm that follows.
+            adapter adds to a layer without one goes into the norm that follows. Adapted layers that
+            standardise their weight (StdConv2d) become ordinary ones all the same.
         check: images (b, c, h, w) on which both networks are compared, if given.
 
     Raises:
-        MergeError: where a number is not finite, a layer's rule is unknown, or `check` shows a
-            difference above 4 times the network's own rounding noise and above rounding to
-            1e-4 of the largest logit.
+        MergeError: where a number is not finite, or `check` shows a difference above 4 times the
+            network's own rounding noise (in float32 and float64 above 1e-4 of the largest logit).
     """
     domain = domain_of(model)
     _refuse_non_finite(model)
@@ -156,7 +154,7 @@ def _move_biases(merged: nn.Module, without_bias: set[str], size: Size | None) -
         layer, mean_o = layers[name], norms[norm_name].running_mean
         assert mean_o is not None  # only norms with statistics follow
         mean_o.copy_(mean_o.double() - layer._parameters["bias"].double())  # type: ignore[union-attr]
-        layer.bias = None
+        layer.register_parameter("bias", None)
 
 
 def _without_norm(norm: nn.Module) -> nn.Module:

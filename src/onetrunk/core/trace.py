@@ -314,6 +314,8 @@ def following_norms(
         layers: the module paths of convolutions and linear layers whose outputs are followed.
         size: channels, rows, columns that it runs at; by default what it says of itself.
     """
+    if not layers or not any(_foldable(module) for module in network.modules()):
+        return {}
     for device in ("meta", "cpu"):
         for tried in [size] if size else default_sizes(network):
             try:
