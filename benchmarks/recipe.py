@@ -1,7 +1,8 @@
 """Which default recipe trains well untuned: backbones x domains x sizes x candidates.
 
     python benchmarks/recipe.py --stage pretrain     the small ViT and ConvNeXt, on tiny_imagenet
-    python benchmarks/recipe.py --stage grid         every cell, one after another; resumes
+    python benchmarks/recipe.py --stage main         every cell, one after another; resumes
+    python benchmarks/recipe.py --stage small        the same on the two pretrained here
     python benchmarks/recipe.py --stage table        the table of docs/recipes.md
 
 Needs ONETRUNK_DATA (a folder of Parquet domains); the ResNets' weights are beside it, in weights/.
@@ -195,13 +196,13 @@ def table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stage", default="grid")
+    parser.add_argument("--stage", default="main")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.stage == "pretrain":
-        pretrain("convnext", epochs=8)
-        pretrain("vit", epochs=12)
+        pretrain("convnext", epochs=3)
+        pretrain("vit", epochs=4)
         return
     done = (
         {json.loads(line)["key"] for line in RESULTS.read_text().splitlines()}

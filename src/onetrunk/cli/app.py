@@ -295,7 +295,7 @@ def list_domains(bank: BankPath, as_json: AsJson = False) -> None:
             "bank": str(bank),
             "backbone": opened.backbone_form,
             "fingerprint": opened.backbone_fingerprint,
-            "domains": [_card_json(card) for card in cards],
+            "domains": {card.name: _card_json(card) for card in cards},
         }
     )
 

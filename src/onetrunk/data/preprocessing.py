@@ -269,7 +269,8 @@ def _central_square(size: tuple[int, int]) -> tuple[float, float, float, float]:
 
 
 def _timm_config(model: nn.Module) -> dict[str, Any]:
-    if not getattr(model, "pretrained_cfg", None):
+    own = getattr(model, "pretrained_cfg", None)
+    if not own or not type(model).__module__.startswith("timm."):
         return {
             "input_size": (3, 224, 224),
             "mean": IMAGENET_MEAN,
@@ -277,6 +278,7 @@ def _timm_config(model: nn.Module) -> dict[str, Any]:
             "crop_pct": 0.875,
             "crop_mode": "center",
             "interpolation": "bilinear",
+            **(own or {}),
         }
     from timm.data import resolve_model_data_config
 

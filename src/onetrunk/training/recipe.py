@@ -56,7 +56,7 @@ class Recipe:
     batch_size: int = 32
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 5e-3
-    lr_full: float = 3e-4
+    lr_full: float = 5e-4
     momentum: float = 0.9
     nesterov: bool = False
     decay_adapter: float = 0.05
