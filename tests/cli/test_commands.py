@@ -31,7 +31,7 @@ def test_the_whole_road(run, photos, tmp_path):
     listed = json.loads(run("list", bank, "--json").out)
     assert list(listed["domains"]) == ["stripes"]
     assert "parallel" in run("show", bank, "stripes").out
-    assert "1 domains whole" in run("verify", bank).out
+    assert "1 domain whole" in run("verify", bank).out
     assert run("remove", bank, "stripes", "--yes").status == 0
     assert json.loads(run("list", bank, "--json").out)["domains"] == {}
 

@@ -5,6 +5,7 @@ Exit status: 0; 1 for a failure, with one line on standard error that says what 
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -284,7 +285,7 @@ def list_domains(bank: BankPath, as_json: AsJson = False) -> None:
     screen = Screen(as_json)
     opened = _open(bank)
     cards = [opened.domains[name] for name in opened.domains]
-    screen.say(f"{bank}: {opened.backbone_form}, {len(cards)} domains")
+    screen.say(f"{bank}: {opened.backbone_form}, {_count(len(cards))}")
     rows = [
         (c.name, str(len(c.classes)), c.family, size(c.size), _accuracy(c.metrics)) for c in cards
     ]
@@ -317,8 +318,8 @@ def show(bank: BankPath, domain: Domain, as_json: AsJson = False) -> None:
     screen.say(f"  family         {card.family} at {len(record.plan)} sites")
     screen.say(f"  classes        {len(card.classes)}: {', '.join(card.classes)}")
     screen.say(f"  preprocessing  {record.preprocessing}")
-    screen.say(f"  metrics        {dict(card.metrics)}")
-    screen.say(f"  provenance     {dict(card.provenance)}")
+    screen.say(f"  metrics        {_pairs(card.metrics)}")
+    screen.say(f"  provenance     {_pairs(card.provenance)}")
     screen.say(f"  digest         {card.digest}")
     screen.say(str(costs))
     if record.skipped:
@@ -360,7 +361,7 @@ def verify(bank: BankPath, as_json: AsJson = False) -> None:
         raise BankError(
             f"bank {bank} has {len(found.problems)} problem(s); the first: {found.problems[0]}"
         )
-    screen.say(f"{bank}: {found.n_domains} domains whole, backbone {found.fingerprint[:12]}")
+    screen.say(f"{bank}: {_count(found.n_domains)} whole, backbone {found.fingerprint[:12]}")
 
 
 @app.command()
@@ -381,7 +382,7 @@ def remove(
             raise typer.BadParameter("removing cannot be undone: say --yes", param_hint="--yes")
         typer.confirm(f"Remove {domain!r} from {bank} for good?", abort=True)
     opened.remove(domain)
-    screen.say(f"{bank}: {domain} removed, {len(opened.domains)} domains left")
+    screen.say(f"{bank}: {domain} removed, {_count(len(opened.domains))} left")
     screen.finish({"removed": domain, "domains": list(opened.domains)})
 
 
@@ -434,6 +435,15 @@ def _fractions(text: str) -> tuple[float, float, float]:
             f"{text!r} is not three shares such as 0.7,0.15,0.15", param_hint="--split"
         ) from None
     return train, val, test
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    shown = (f"{value:.4f}" if isinstance(value, float) else value for value in values.values())
+    return ", ".join(f"{name} {value}" for name, value in zip(values, shown, strict=True))
+
+
+def _count(n: int) -> str:
+    return f"{n} domain" if n == 1 else f"{n} domains"
 
 
 def _accuracy(metrics: Any) -> str:

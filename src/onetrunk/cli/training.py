@@ -208,7 +208,8 @@ def _fit(
         )
         for step in steps:
             best = max(best, step.val_accuracy or 0.0)
-            show(step.step, step.n_steps, f"loss {step.loss:.3f}, best {percent(best)}")
+            known = f", best {percent(best)}" if best else ""
+            show(step.step, step.n_steps, f"loss {step.loss:.3f}{known}")
 
 
 def _store(bank: Bank, request: Request, trained: Trained) -> None:

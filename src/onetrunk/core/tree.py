@@ -6,6 +6,7 @@ never reach the backbone or another domain, while memory holds the backbone once
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,10 @@ def copy_tree(module: nn.Module, own: Iterable[Tensor] = ()) -> nn.Module:
     for buffer in module.buffers():
         if id(buffer) not in kept:
             memo[id(buffer)] = buffer.detach()
+    for sub in module.modules():  # a dozen empty hook tables a module: half of deepcopy's time
+        for value in vars(sub).values():
+            if type(value) in (OrderedDict, dict, set) and not value:
+                memo[id(value)] = type(value)()
     return copy.deepcopy(module, memo)
 
 
