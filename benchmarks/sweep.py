@@ -4,7 +4,7 @@
     python benchmarks/sweep.py --all        CNNs up to 10 M parameters and others: about 40 minutes
 
 Random weights, no network. Finished models are kept in scratch/sweep.jsonl, so a run that was cut
-off goes on; a change of the core or of timm starts anew. --all writes docs/support.md.
+off goes on; a change of the core or of timm starts anew. Both write docs/support.md.
 """
 
 import os
@@ -421,7 +421,7 @@ def _reasons(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--all", action="store_true", help="every model; writes docs/support.md")
+    which.add_argument("--all", action="store_true", help="every model")
     which.add_argument("--sample", action="store_true", help="the fixed 40 models")
     which.add_argument("--models", nargs="+", metavar="NAME", help="these models")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
@@ -432,7 +432,7 @@ def main() -> None:
     rows = run(names, asked.workers)
     text = table(rows, "python benchmarks/sweep.py " + ("--all" if asked.all else "--sample"))
     print(text)
-    if asked.all:
+    if not asked.models:
         TABLE.write_text(text)
     failed = [row["model"] for row in rows if problems(row)]
     print(

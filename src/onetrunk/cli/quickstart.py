@@ -41,11 +41,11 @@ class Planned:
 
 
 DOMAINS = (
-    Planned("digits", "sklearn:digits", 6),
-    Planned("glyphs", "builtin:glyphs", 8),
+    Planned("digits", "sklearn:digits", 4),
+    Planned("glyphs", "builtin:glyphs", 6),
     Planned("textures", "builtin:textures", 8),
     Planned("faces", "builtin:faces", 12),
-    Planned("photos", "builtin:photos", 8),
+    Planned("photos", "builtin:photos", 6),
 )
 
 
