@@ -6,8 +6,8 @@
     python benchmarks/recipe.py --stage table        the table of docs/recipes.md
 
 Needs ONETRUNK_DATA (a folder of Parquet domains); the ResNets' weights are beside it, in weights/.
-The cells are in recipe_cells.json. Each is trained once, validation chooses the epoch, test is scored
-once; results are appended to benchmarks/results/recipe.jsonl, a line a cell.
+The cells are in recipe_cells.json. Each is trained once, validation chooses the epoch, test is
+scored once; results are appended to benchmarks/results/recipe.jsonl, a line a cell.
 """
 
 import argparse
@@ -186,9 +186,8 @@ def cells(stage: str) -> list[Cell]:
 def table() -> None:
     """The table of docs/recipes.md, from the results."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    print(
-        "| backbone | domain | images | family | recipe | val | test |\n|---|---|---|---|---|---|---|"
-    )
+    print("| backbone | domain | images | family | recipe | val | test |")
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
         facts = (row["backbone"], row["domain"], row["n_train"], row["trained"], row["recipe"])
         print("|", " | ".join(map(str, facts)), f"| {row['val']:.3f} | {row['test']:.3f} |")
