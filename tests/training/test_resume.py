@@ -177,6 +177,14 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(
 # Ctrl-C
 
 
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt also where a shell started the tests in its background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("in_training", "call", "n_done"), [(True, 5, 5), (False, 2, 6)])
 def test_ctrl_c_inside_a_step_or_a_validation_loses_nothing(
     in_training: bool,
