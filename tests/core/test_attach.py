@@ -20,7 +20,6 @@ from onetrunk.core.attach import (
     delta,
     delta_names,
     domain_of,
-    with_preprocessing,
 )
 from onetrunk.core.trace import trace
 from onetrunk.core.tree import Frozen, frozen_pairs, storage_key
@@ -173,8 +172,6 @@ def test_preprocessing_is_the_backbones_own_unless_given() -> None:
     given = Preprocessing(size_px=48)
     model = attach(resnet26(0.25), ot.Head(), CLASSES, preprocessing=given)
     assert domain_of(model).preprocessing is given
-    with_preprocessing(model, Preprocessing(size_px=40))
-    assert domain_of(model).preprocessing.size_px == 40
 
 
 def test_images_are_prepared_for_the_size_that_the_backbone_was_run_at() -> None:

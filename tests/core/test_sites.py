@@ -13,7 +13,6 @@ from onetrunk.core.sites import (
     Tap,
     effective_weight,
     forward_known,
-    natural_key,
     package_and_class,
     site_of,
 )
@@ -172,7 +171,3 @@ def test_the_effective_weight_is_the_one_that_a_standardising_layer_uses(cls: ty
 def test_the_effective_weight_of_an_ordinary_layer_is_its_weight() -> None:
     for layer in (nn.Linear(2, 2), nn.Conv2d(2, 2, 1), timm.layers.create_conv2d(2, 2, 3)):
         assert torch.equal(effective_weight(layer), layer.weight)
-
-
-def test_names_sort_by_their_numbers() -> None:
-    assert sorted(["b.10", "b.9", "a.2"], key=natural_key) == ["a.2", "b.9", "b.10"]

@@ -5,7 +5,6 @@ domain's (adapters, norms, head) is really its own. Nothing marks a domain as ac
 call computes is which object you call.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -491,8 +490,3 @@ def delta(model: nn.Module) -> dict[str, Tensor]:
     """The domain's own tensors by name, detached, not copied: what a bank stores."""
     frozen = domain_of(model).frozen
     return {name: t for name, t in model.state_dict().items() if name not in frozen}
-
-
-def with_preprocessing(model: nn.Module, preprocessing: Preprocessing) -> None:
-    """Changes how `model` reads images, in place."""
-    model.domain = dataclasses.replace(domain_of(model), preprocessing=preprocessing)  # type: ignore[assignment]

@@ -5,7 +5,6 @@ what only an execution shows (order, output size, stage, cost) is filled in by `
 cannot be adapted gets a reason instead of a site: nothing is skipped silently.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -248,8 +247,3 @@ def effective_weight(module: nn.Conv2d | nn.Linear) -> Tensor:
         eps=layer.eps,
     )
     return flat_1of.reshape_as(weight)
-
-
-def natural_key(name: str) -> list[object]:
-    """Sorts `blocks.10` after `blocks.9`."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
