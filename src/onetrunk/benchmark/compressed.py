@@ -1,0 +1,143 @@
+"""Cells of compressed methods: all trained domains of one method, factored together and tuned.
+
+The basis is made of every domain at once, so a study's domains are one piece of work. Of each
+domain's network as compressed and after tuning at each of `FACTORS`, validation images choose.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..bank.bank import Bank
+from ..core.activations import activation_covariances
+from ..core.attach import domain_of
+from ..core.compress import compress, rebuilt
+from ..errors import DataError
+from ..training.evaluate import evaluate
+from ..training.fit import fit
+from .cells import Cell, bank_name, bank_path, figures, setting_of, train_again
+from .ledger import Ledger, digest_of
+from .methods import Compressed, Setting, read_method
+
+FACTORS = (0.1, 0.5)  # on the recipe's learning rates: what is tuned is trained already
+N_IMAGES = 128  # a domain, for the covariances of its activations
+
+
+def run_compressed(cells: list[Cell], ledger: Ledger, work: Path) -> list[dict[str, Any]]:
+    """The records of one compressed method over the domains of `cells`.
+
+    Raises:
+        DataError: where a domain was not trained yet with the method that is compressed.
+    """
+    keys = {cell.domain: compressed_key(cell, cells) for cell in cells}
+    known = ledger.read()
+    if all(key in known for key in keys.values()):
+        return [known[keys[cell.domain]] for cell in cells]
+    started = time.monotonic()
+    method = read_method(cells[0].method)
+    assert isinstance(method, Compressed)
+    settings = {cell.domain: setting_of(cell) for cell in cells}
+    models = _trained(cells, method, ledger, work, settings[cells[0].domain].backbone)
+    made, shared = _compressed(models, method, settings)
+    seconds = (time.monotonic() - started) / len(cells)
+    records = []
+    for cell in cells:
+        if keys[cell.domain] not in known:
+            record = _tuned(cell, made[cell.domain], settings[cell.domain], seconds)
+            record |= {"key": keys[cell.domain], "shared_numbers": shared}
+            ledger.append(record)
+            known[keys[cell.domain]] = record
+        records.append(known[keys[cell.domain]])
+    return records
+
+
+def compressed_key(cell: Cell, cells: list[Cell]) -> str:
+    """The digest under which a compressed cell's record is kept: all its domains matter."""
+    return digest_of({**cell.configuration(), "with": sorted(c.domain for c in cells)})
+
+
+def _trained(
+    cells: list[Cell], method: Compressed, ledger: Ledger, work: Path, backbone: nn.Module
+) -> dict[str, nn.Module]:
+    """The domains' networks; where only the record of one was kept, it is trained again."""
+    sources = [dataclasses.replace(cell, method=method.of) for cell in cells]
+    known, path = ledger.read(), bank_path(work, sources[0])
+    for source in sources:
+        if source.key not in known:
+            raise DataError(
+                f"{cells[0].method} needs domains trained with {method.of}, and "
+                f"{source.domain!r} is not. Add {method.of!r} to --methods."
+            )
+        if not path.exists() or bank_name(source.domain) not in Bank.open(path).domains:
+            train_again(source, ledger, work)
+    bank = Bank.open(path, backbone)
+    return {cell.domain: bank.load(bank_name(cell.domain)) for cell in cells}
+
+
+def _compressed(
+    models: Mapping[str, nn.Module], method: Compressed, settings: Mapping[str, Setting]
+) -> tuple[dict[str, nn.Module], int]:
+    """The compressed networks, and the numbers of their one basis; each has its own if alone."""
+    weights = None
+    if method.weighted:
+        images = {name: _images(settings[name]) for name in models}
+        weights = activation_covariances(models, images)
+    groups = [{name: model} for name, model in models.items()] if method.alone else [models]
+    made: dict[str, nn.Module] = {}
+    for group in groups:
+        made |= dict(compress(group, keep=method.keep, share=method.share, covariances=weights))
+    basis = None if method.alone else domain_of(next(iter(made.values()))).basis
+    return made, 0 if basis is None else basis.numbers
+
+
+def _images(setting: Setting) -> Tensor:
+    prepared = setting.train
+    step = max(1, len(prepared) // N_IMAGES)
+    rows = list(range(0, len(prepared), step))[:N_IMAGES]
+    return setting.preprocessing.evaluation_view(prepared.batch(rows)[0])
+
+
+def _tuned(cell: Cell, model: nn.Module, setting: Setting, seconds: float) -> dict[str, Any]:
+    started = time.monotonic()
+    untuned = evaluate(model, setting.val).accuracy
+    best, best_accuracy, chosen = model, untuned, 0.0
+    trials = [{"lr": 0.0, "decay": cell.protocol.decays[0], "val_accuracy": untuned}]
+    for factor in FACTORS:
+        candidate = _copy(model)
+        recipe = cell.protocol.recipe(
+            factor, cell.protocol.decays[0], cell.seed, cell.protocol.tune_epochs
+        )
+        for _ in fit(candidate, setting.train, recipe, val=setting.val):
+            pass
+        accuracy = evaluate(candidate, setting.val).accuracy
+        trials.append({"lr": recipe.lr, "decay": recipe.decay_adapter, "val_accuracy": accuracy})
+        if accuracy > best_accuracy:
+            best, best_accuracy, chosen = candidate, accuracy, recipe.lr
+    own = own_basis_numbers(best) if read_method(cell.method).alone else 0  # type: ignore[union-attr]
+    record = figures(cell, best, setting)
+    return {
+        **record,
+        "numbers": record["numbers"] + own,
+        "trials": trials,
+        "lr": chosen,
+        "decay": cell.protocol.decays[0],
+        "untuned_val_accuracy": untuned,
+        "n_train": len(setting.train),
+        "seconds": round(seconds + time.monotonic() - started, 1),
+    }
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A network over the same backbone and basis with numbers of its own."""
+    domain = domain_of(model)
+    return rebuilt(model, domain.plan, domain.basis, {})
+
+
+def own_basis_numbers(model: nn.Module) -> int:
+    """Numbers of a basis that one domain alone is over: they are the domain's then."""
+    basis = domain_of(model).basis
+    return 0 if basis is None else basis.numbers

@@ -1,0 +1,245 @@
+"""The methods that a study compares, by their written form.
+
+    scratch                  the architecture from random weights, everything trained
+    head                     the linear probe, to its optimum
+    full                     fine-tuning, the reference
+    norm, parallel, series, lowrank(rank=8), ...     any adapter family
+    parallel@late            the same at some stages; @early+mid, @first, @second likewise
+    allocate(budget='1%')    a plan of its own for every domain, by measured sensitivity
+    uniform(budget='1%')     one rank everywhere at that budget
+    lora(like='parallel')    PEFT's LoRA on the same layers at about equal numbers, norms saved
+    lora(like='parallel', norms=True)                and its norms trained too
+    compress(of='parallel', keep=0.5)                joint compression of trained domains, tuned
+    svd(of='parallel', keep=0.5)                     each domain's adapters truncated alone, tuned
+
+To add one: a frozen dataclass here and its line in _BUILDERS.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from .. import written
+from ..backbones.written_form import build_empty, written_form
+from ..core.adapters import FAMILIES, Family, Full, read_family
+from ..core.attach import attach
+from ..core.plan import Where
+from ..data import Prepared, Preprocessing
+from ..errors import AttachError, SpecError
+
+Group = Literal["reference", "adapters", "budgeted", "compressed", "rival"]
+STAGES = ("early", "mid", "late")
+CONVS = ("first", "second")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method starts from in one cell."""
+
+    backbone: nn.Module
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    train: Prepared
+    val: Prepared
+    seed: int
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        side = self.preprocessing.size_px
+        return self.preprocessing.channels, side, side
+
+    def attach(self, family: Any, where: Where | None = None) -> nn.Module:
+        """A fresh domain of this cell's classes."""
+        return attach(
+            self.backbone,
+            family,
+            self.classes,
+            where=where,
+            preprocessing=self.preprocessing,
+            input_size=self.input_size,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An adapter family, at some or all sites: `parallel`, `lowrank(rank=8)@early+mid`."""
+
+    family: Family
+    at: str = ""
+    group: ClassVar[Group] = "adapters"
+
+    def __str__(self) -> str:
+        return f"{self.family}@{self.at}" if self.at else str(self.family)
+
+    def make(self, setting: Setting) -> nn.Module:
+        return setting.attach(self.family, self._where())
+
+    def _where(self) -> Where | None:
+        if not self.at:
+            return None
+        if self.at in CONVS:
+            return Where(convs=self.at)  # type: ignore[arg-type]
+        return Where(stages=tuple(self.at.split("+")))
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """The architecture from random weights of the cell's seed, everything trained."""
+
+    group: ClassVar[Group] = "reference"
+    lr_full: ClassVar[float] = 5e-3  # as adapters have it: nothing pretrained is to be kept
+
+    def __str__(self) -> str:
+        return "scratch"
+
+    def make(self, setting: Setting) -> nn.Module:
+        form = written_form(setting.backbone)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(setting.seed)
+            fresh = build_empty(form) if not form.startswith("module:") else None
+        if fresh is None:
+            raise AttachError(
+                f"scratch on {form}: a module of your own has no form to build it anew from. "
+                "Leave scratch out."
+            )
+        fresh.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return dataclasses.replace(setting, backbone=fresh).attach(Full())
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """A plan of the domain's own: ranks where a measured sensitivity says they buy the most."""
+
+    budget: str = "1%"
+    by: Literal["gradients"] = "gradients"
+    group: ClassVar[Group] = "budgeted"
+
+    def __str__(self) -> str:
+        return written.write("allocate", {"budget": self.budget, **_changed(self, "by")})
+
+    def make(self, setting: Setting) -> nn.Module:
+        from .allocated import allocated_plan
+
+        return setting.attach(allocated_plan(setting, self.budget))
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """One rank everywhere, the largest that a budget allows: the yardstick of `allocate`."""
+
+    budget: str = "1%"
+    group: ClassVar[Group] = "budgeted"
+
+    def __str__(self) -> str:
+        return written.write("uniform", {"budget": self.budget})
+
+    def make(self, setting: Setting) -> nn.Module:
+        from .allocated import uniform_plan
+
+        return setting.attach(uniform_plan(setting, self.budget))
+
+
+@dataclass(frozen=True)
+class Lora:
+    """PEFT's LoRA on the layers that `like` adapts, at about as many numbers."""
+
+    like: str
+    norms: bool = False
+    group: ClassVar[Group] = "rival"
+
+    def __str__(self) -> str:
+        return written.write("lora", {"like": self.like, **_changed(self, "norms")})
+
+    def make(self, setting: Setting) -> nn.Module:
+        from .lora import peft_lora
+
+        twin = read_method(self.like)
+        assert isinstance(twin, Placed)
+        return peft_lora(setting, twin.make(setting), train_norms=self.norms)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Joint compression of the trained domains of method `of`, or each alone (`svd`); tuned."""
+
+    of: str
+    keep: float
+    share: Literal["output", "input", "both"] = "output"
+    weighted: bool = True
+    alone: bool = False
+    group: ClassVar[Group] = "compressed"
+
+    def __str__(self) -> str:
+        name = "svd" if self.alone else "compress"
+        fields = {"of": self.of, "keep": self.keep, **_changed(self, "share", "weighted")}
+        return written.write(name, fields)
+
+
+Method = Placed | Scratch | Allocate | Uniform | Lora | Compressed
+Trained = Placed | Scratch | Allocate | Uniform | Lora
+
+
+def _changed(value: Any, *names: str) -> dict[str, Any]:
+    changed = written.changed_fields(value)
+    return {name: changed[name] for name in names if name in changed}
+
+
+_BUILDERS: dict[str, Callable[..., Method]] = {
+    "scratch": Scratch,
+    "allocate": Allocate,
+    "uniform": Uniform,
+    "lora": Lora,
+    "compress": Compressed,
+    "svd": lambda **fields: Compressed(alone=True, **fields),
+}
+
+
+def read_method(text: str) -> Method:
+    """The method that `text` writes.
+
+    >>> str(read_method("lowrank(rank=8)@early+mid"))
+    'lowrank(rank=8)@early+mid'
+
+    Raises:
+        SpecError: where the form, the name, a field or a place is unknown.
+        AttachError: where a family's option is out of range.
+    """
+    form, at_sign, at = text.strip().rpartition("@")
+    if not at_sign or ")" in at:
+        form, at = text.strip(), ""
+    name, fields = written.read(form, "method")
+    if name in FAMILIES:
+        places = at.split("+") if at else []
+        if at not in CONVS and any(place not in STAGES for place in places):
+            raise SpecError(
+                f"method {text!r}: {at!r} is no place. Use stages with + between "
+                f"({', '.join(STAGES)}), first or second."
+            )
+        return Placed(read_family(form), at)
+    if name not in _BUILDERS:
+        raise written.unknown("method", name, (*_BUILDERS, *FAMILIES))
+    if at:
+        raise SpecError(f"method {text!r}: only a family is placed with @.")
+    try:
+        method = _BUILDERS[name](**fields)
+    except TypeError as error:
+        reason = str(error).split(") ")[-1]
+        raise SpecError(f"method {text!r}: {reason}.") from None
+    _check(method, text)
+    return method
+
+
+def _check(method: Method, text: str) -> None:
+    if isinstance(method, Lora) and not isinstance(read_method(method.like), Placed):
+        raise SpecError(f"method {text!r}: `like` names an adapter family, e.g. 'parallel'.")
+    if isinstance(method, Compressed):
+        source = read_method(method.of)
+        if isinstance(source, Compressed | Scratch | Lora):
+            raise SpecError(f"method {text!r}: `of` names a method with adapters.")
+        if not 0 < method.keep <= 1:
+            raise SpecError(f"method {text!r}: keep is a share above 0, at most 1.")

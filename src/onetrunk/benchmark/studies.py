@@ -1,0 +1,160 @@
+"""The three studies over a folder of domains, as values: what each compares by default.
+
+mini      methods x domains: accuracy against parameters, the paper's central picture
+transfer  methods x training images a class: who wins with how little data
+stages    one family at early, mid, late stages, first or second convolutions: where change pays
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import written
+from ..core.plan import default_family
+from ..core.trace import trace
+from ..errors import TrainingError
+from .cells import Trunk, backbone_of
+from .methods import read_method
+from .protocol import FULL, SMALL, Protocol
+from .report import MethodLabel
+from .study import Study, domains_in
+
+BASE = "tiny_imagenet"  # what the packaged ResNet-26 was pretrained on: no domain of a study
+PER_CLASS = (5, 10, 25, 50, 100)
+SMALL_TRUNKS = ("resnet26(width=0.5)", "timm:tf_efficientnet_lite0")
+FULL_TRUNKS = ("resnet26(width=0.5)", "timm:tf_efficientnet_lite0")
+PLACES = ("early", "mid", "late", "early+mid", "mid+late", "first", "second")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """What of a study is asked for; empty fields have the study's defaults."""
+
+    data: Path
+    out: Path
+    backbones: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    per_class: tuple[int, ...] = PER_CLASS
+    full: bool = False
+
+
+def mini(wish: Wish) -> list[Study]:
+    """Methods x domains x seeds, a study for each backbone."""
+    return [
+        _study("mini", wish, trunk, wish.methods or default_methods(trunk, wish.full))
+        for trunk in _trunks(wish)
+    ]
+
+
+def stages(wish: Wish) -> list[Study]:
+    """The default family at some stages or positions, all of them, and its yardsticks."""
+    studies = []
+    for trunk in _trunks(wish):
+        family = default_adapter(trunk)
+        placed = tuple(f"{family}@{place}" for place in PLACES)
+        methods = wish.methods or ("norm", *placed, family)
+        studies.append(_study("stages", wish, trunk, methods))
+    return studies
+
+
+def transfer(wish: Wish) -> list[Study]:
+    """Methods x training images a class x seeds.
+
+    Raises:
+        TrainingError: where a number of images a class is below 2.
+    """
+    if wrong := [n for n in wish.per_class if n < 2]:
+        raise TrainingError(
+            f"transfer with {wrong[0]} images a class: training and validation need 2 at least."
+        )
+    studies = []
+    for trunk in _trunks(wish):
+        family = default_adapter(trunk)
+        methods = wish.methods or ("head", "norm", "full", "series", family)
+        for n in wish.per_class:
+            protocol = dataclasses.replace(_protocol(trunk, wish.full), per_class=n)
+            studies.append(_study("transfer", wish, trunk, methods, protocol))
+    return studies
+
+
+STUDIES = {"mini": mini, "transfer": transfer, "stages": stages}
+
+
+def default_methods(trunk: Trunk, full: bool) -> tuple[str, ...]:
+    """What `mini` compares on a backbone without a choice of the user's."""
+    family = default_adapter(trunk)
+    methods = (
+        "head", "full", family, "norm", "series", "allocate(budget='1%')",
+        "uniform(budget='1%')", _written("lora", like=family, norms=True),
+        _written("compress", of=family, keep=0.5), _written("compress", of=family, keep=0.25),
+        _written("svd", of=family, keep=0.5),
+    )  # fmt: skip
+    if not full:
+        return methods
+    return (*methods, "scratch", "channelwise", _written("lora", like=family))
+
+
+def default_adapter(trunk: Trunk) -> str:
+    """The family that `attach` would choose on a backbone, as a method."""
+    return str(default_family(trace(backbone_of(trunk))))
+
+
+def shown(methods: Sequence[str]) -> list[MethodLabel]:
+    """The methods as a report shows them: their written form and the group of their colour."""
+    return [
+        MethodLabel(str(method), _label(method), read_method(method).group) for method in methods
+    ]
+
+
+LABELS = {
+    "head": "linear probe",
+    "norm": "norms only",
+    "full": "fine-tuning",
+    "scratch": "from scratch",
+}
+
+
+def _label(method: str) -> str:
+    if method.startswith("lora("):
+        return "PEFT LoRA + norms" if "norms=True" in method else "PEFT LoRA"
+    if method.startswith(("compress(", "svd(")):
+        kind = "joint" if method.startswith("compress(") else "alone"
+        keep = method.rpartition("keep=")[2].split(",")[0].rstrip(")")
+        return f"compressed {kind}, keep {keep}"
+    return LABELS.get(method, method)
+
+
+def _written(name: str, **fields: object) -> str:
+    return written.write(name, fields)
+
+
+def _study(
+    name: str, wish: Wish, trunk: Trunk, methods: Sequence[str], protocol: Protocol | None = None
+) -> Study:
+    found = domains_in(wish.data, wish.domains)
+    return Study(
+        name=name,
+        data=wish.data,
+        trunks=((trunk, protocol or _protocol(trunk, wish.full)),),
+        domains=found if wish.domains else tuple(d for d in found if d != BASE),
+        methods=tuple(methods),
+        seeds=wish.seeds,
+        work=wish.out,
+    )
+
+
+def _trunks(wish: Wish) -> list[Trunk]:
+    default = FULL_TRUNKS if wish.full else SMALL_TRUNKS
+    return [Trunk.read(text) for text in wish.backbones or default]
+
+
+def _protocol(trunk: Trunk, full: bool) -> Protocol:
+    if full:
+        return FULL
+    if trunk.form.startswith("resnet26"):
+        return dataclasses.replace(
+            SMALL, size_px=32
+        )  # its feature maps are 4 times larger than EfficientNet's
+    return SMALL

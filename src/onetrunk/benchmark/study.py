@@ -1,0 +1,171 @@
+"""Running the cells of a study: in order, on several processes, every result kept at once.
+
+A process computes with one thread; two processes on two cores do more cells an hour than one with
+two threads. What fails is told at the end with its reason; what was finished stays.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, OnetrunkError
+from .cells import Cell, Trunk, run_cell
+from .ledger import Ledger
+from .methods import Compressed, read_method
+from .protocol import Protocol
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Methods x domains x seeds on some backbones, under one protocol a backbone.
+
+    Args:
+        name: `mini`, `transfer`, `stages`: what the records say.
+        data: a folder of domains, each a source of its own.
+        trunks: backbone -> protocol.
+        work: where the ledger (`cells.jsonl`), checkpoints and banks lie.
+    """
+
+    name: str
+    data: Path
+    trunks: tuple[tuple[Trunk, Protocol], ...]
+    domains: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    work: Path
+
+    def cells(self) -> list[Cell]:
+        """Every cell, seed by seed and method by method, so that early results compare."""
+        return [
+            Cell(self.name, trunk, str(self.data), domain, method, seed, protocol)
+            for seed in self.seeds
+            for trunk, protocol in self.trunks
+            for method in self.methods
+            if not isinstance(read_method(method), Compressed)
+            for domain in self.domains
+        ]
+
+    def compressions(self) -> list[list[Cell]]:
+        """The cells of compressed methods: all domains of one method are one piece of work."""
+        return [
+            [
+                Cell(self.name, trunk, str(self.data), domain, method, seed, protocol)
+                for domain in self.domains
+            ]
+            for seed in self.seeds
+            for trunk, protocol in self.trunks
+            for method in self.methods
+            if isinstance(read_method(method), Compressed)
+        ]
+
+
+@dataclass
+class Outcome:
+    """What a run of a study left: records of its cells, and what could not be computed."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def domains_in(folder: Path, asked: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names of the domains in `folder`, or those that were asked for.
+
+    Raises:
+        DataError: where there is no such folder or domain.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder. Give a folder with one source a domain below it.")
+    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    missing = [name for name in asked if name not in found]
+    if missing or not found:
+        raise DataError(
+            f"{folder} has no domain {missing[0]!r}: it has {', '.join(found) or 'none'}."
+            if missing
+            else f"{folder} has no folders below it. Give one with one source a domain."
+        )
+    return tuple(asked) or tuple(found)
+
+
+def run(study: Study, workers: int = 1, progress: Progress | None = None) -> Outcome:
+    """Computes what is missing of a study and returns the records of all its cells.
+
+    Raises:
+        OnetrunkError: for a method that cannot be read; nothing is computed then.
+    """
+    from .compressed import run_compressed
+
+    for method in study.methods:
+        read_method(method)
+    outcome, ledger = Outcome(), Ledger(study.work)
+    pieces: list[list[Cell]] = [[cell] for cell in study.cells()]
+    compressions = study.compressions()
+    total = len(pieces) + sum(len(cells) for cells in compressions)
+    done = 0
+    for work, jobs in ((_one, pieces), (run_compressed, compressions)):
+        for records, failure, note in _results(work, jobs, ledger, study.work, workers):
+            done += max(1, len(records))
+            outcome.records += [{**record, "study": study.name} for record in records]
+            outcome.failures += [failure] if failure else []
+            if progress is not None:
+                progress(min(done, total), total, note)
+    return outcome
+
+
+def known(study: Study) -> list[dict[str, Any]]:
+    """The records of a study's cells that are finished; computes nothing."""
+    from .compressed import compressed_key
+
+    records = Ledger(study.work).read()
+    keys = [cell.key for cell in study.cells()]
+    keys += [compressed_key(cell, group) for group in study.compressions() for cell in group]
+    return [{**records[key], "study": study.name} for key in keys if key in records]
+
+
+def _one(cells: list[Cell], ledger: Ledger, work: Path) -> list[dict[str, Any]]:
+    return [run_cell(cell, ledger, work) for cell in cells]
+
+
+def _results(
+    work: Callable[..., list[dict[str, Any]]],
+    jobs: list[list[Cell]],
+    ledger: Ledger,
+    folder: Path,
+    workers: int,
+) -> Iterable[tuple[list[dict[str, Any]], str, str]]:
+    """(records, failure, a few words) of each job as it ends."""
+    if workers <= 1:
+        for cells in jobs:
+            yield _attempt(work, cells, ledger, folder)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+        futures = [pool.submit(_attempt, work, cells, ledger, folder) for cells in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _attempt(
+    work: Callable[..., list[dict[str, Any]]], cells: list[Cell], ledger: Ledger, folder: Path
+) -> tuple[list[dict[str, Any]], str, str]:
+    what = f"{cells[0].trunk} {cells[0].method}"
+    what += f" {cells[0].domain}" if len(cells) == 1 else f" on {len(cells)} domains"
+    try:
+        records = work(cells, ledger, folder)
+    except OnetrunkError as error:
+        return [], f"{what}: {error}", what
+    accuracy = sum(record["test_accuracy"] for record in records) / len(records)
+    return records, "", f"{what}: {accuracy:.3f}"
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,148 @@
+"""pretrain: a backbone's own weights from a data source, into one safetensors file."""
+
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbones import backbone as build_backbone
+from ..core.adapters import Family
+from ..core.attach import domain_of
+from ..data import Prepared, Preprocessing, load
+from ..errors import TrainingError
+from ..training.distributed import World, join
+from ..training.evaluate import evaluate
+from ..training.fit import fit
+from ..training.pretrain import pretraining, write_trunk
+from ..training.recipe import Recipe
+from .console import Screen, percent, size
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to pretrain, as the user asked for it."""
+
+    backbone: str
+    data: str
+    out: Path
+    recipe: Recipe
+    adapter: Family | None = None
+    weights: Path | None = None
+    size_px: int | None = None
+    flip: bool | None = None
+    half: bool = False
+    resume: bool = False
+    device: str | None = None
+
+
+def pretrain(request: Request, screen: Screen) -> dict[str, Any]:
+    """Trains, evaluates on validation and test images, writes the file; a killed run goes on.
+
+    Raises:
+        OnetrunkError: of the room that refuses; `out` is then as it was.
+    """
+    checkpoint = request.out.with_name(f"{request.out.name}.unfinished")
+    with join() as world:
+        if world.leads:
+            _make_way(request, checkpoint, screen)
+        return _pretrain(request, checkpoint, screen, world)
+
+
+def _make_way(request: Request, checkpoint: Path, screen: Screen) -> None:
+    if request.out.exists():
+        raise TrainingError(f"{request.out} is there already. Give another file, or remove it.")
+    if checkpoint.exists() and not request.resume:
+        raise TrainingError(
+            f"{checkpoint} is a pretraining that was stopped. Go on with --resume, or remove it."
+        )
+    if request.resume and not checkpoint.exists():
+        screen.say("nothing to resume: starting from the beginning")
+
+
+def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) -> dict[str, Any]:
+    started = time.monotonic()
+    splits = load(request.data).with_validation()
+    fresh = build_backbone(request.backbone, pretrained=False, weights=request.weights)
+    fresh.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    hflip = splits.hflip if request.flip is None else request.flip
+    preprocessing = Preprocessing.for_backbone(
+        fresh, size_px=request.size_px, hflip=True if hflip is None else hflip
+    )
+    data = {}
+    for name in ("train", "val", "test"):
+        if (images := getattr(splits, name)) is not None:
+            with screen.bar(f"reading {name} images") as show:
+                data[name] = Prepared(images, preprocessing, progress=show)
+    model = pretraining(
+        fresh, splits.classes, request.adapter, preprocessing=preprocessing,
+        seed=request.recipe.seed,
+    )  # fmt: skip
+    if world.leads:
+        screen.say(
+            f"{request.backbone}, {domain_of(model).family}: {len(splits.classes)} classes, "
+            f"{len(data['train'])} images of {preprocessing.size_px} px, "
+            f"{request.recipe.n_epochs(len(data['train']))} epochs, {world.size} process(es)"
+        )
+    _train(model, data, request, checkpoint, screen)
+    accuracies = {
+        f"{name}_accuracy": evaluate(model, data[name]).accuracy for name in data if name != "train"
+    }
+    card = {
+        **accuracies,
+        "data": request.data if ":" in request.data else Path(request.data).name,
+        "classes": list(splits.classes),
+        "train_images": len(data["train"]),
+        "preprocessing": preprocessing.to_json(),
+        "recipe": str(request.recipe),
+        "trained_with": domain_of(model).family,
+        "started_from": None if request.weights is None else request.weights.name,
+        "seconds": round(time.monotonic() - started),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), {world.size} "
+        f"process(es), torch {torch.__version__}",
+    }
+    report = {
+        **card,
+        "out": str(request.out),
+        "epochs": request.recipe.n_epochs(len(data["train"])),
+    }
+    if not world.leads:
+        return report
+    n_bytes = write_trunk(request.out, model, card, half=request.half)
+    checkpoint.unlink(missing_ok=True)
+    for name, accuracy in accuracies.items():
+        screen.say(f"  {name.replace('_', ' ')} {percent(accuracy)}")
+    screen.say(f"{request.out}: {size(n_bytes)}, {card['seconds']} s")
+    screen.say(f'use it: onetrunk new BANK --backbone "{request.backbone}" --weights {request.out}')
+    return {**report, "bytes": n_bytes}
+
+
+def _train(
+    model: nn.Module,
+    data: dict[str, Prepared],
+    request: Request,
+    checkpoint: Path,
+    screen: Screen,
+) -> None:
+    best = 0.0
+    with screen.bar("pretraining") as show:
+        steps = fit(
+            model,
+            data["train"],
+            request.recipe,
+            val=data["val"],
+            checkpoint=checkpoint,
+            device=request.device,
+        )
+        for step in steps:
+            best = max(best, step.val_accuracy or 0.0)
+            known = f", best {percent(best)}" if best else ""
+            show(step.step, step.n_steps, f"loss {step.loss:.3f}{known}")
+            if step.val_accuracy is not None and not screen.err.is_terminal:
+                screen.say(
+                    f"  epoch {step.epoch}: loss {step.loss:.3f}, "
+                    f"validation {percent(step.val_accuracy)}"
+                )

@@ -1,0 +1,41 @@
+"""How much a domain changes each layer: |w' - w| / |w|, w' the merged weight, Frobenius norms.
+
+Rebuffi et al. (CVPR 2018): both shallow and deep layers must change, "but the required changes are
+very small". Norms and biases are left out: only the weights that mix channels are compared.
+"""
+
+import torch
+from torch import nn
+
+from .attach import domain_of, own_size
+from .merge import merge
+from .sites import effective_weight
+from .trace import trace
+
+
+@torch.no_grad()
+def relative_change(model: nn.Module) -> dict[str, float]:
+    """Site -> relative size of the domain's change of that layer, in order of execution.
+
+    Sites that the domain leaves alone have 0.
+
+    Raises:
+        AttachError: where `model` is no domain's network.
+        MergeError: where it does not merge.
+
+    >>> from onetrunk import Parallel, attach, backbone
+    >>> net = backbone("resnet26(width=0.125)", pretrained=False)
+    >>> fresh = attach(net, Parallel(), ["cat", "dog"], input_size=(3, 32, 32))
+    >>> set(relative_change(fresh).values())
+    {0.0}
+    """
+    domain = domain_of(model)
+    head = domain.head[0] if len(domain.head) == 1 else None
+    merged = merge(model, fold_norms=False)
+    changes = {}
+    for site in trace(domain.backbone, own_size(domain), head).sites:
+        before = effective_weight(domain.backbone.get_submodule(site.name)).double()
+        after = effective_weight(merged.get_submodule(site.name)).double()
+        size = before.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        changes[site.name] = float((after - before).norm() / size)
+    return changes

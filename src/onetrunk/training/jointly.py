@@ -1,0 +1,73 @@
+"""jointly: several domains trained by turns, and compressed ones together with their basis.
+
+A step of one domain costs what it costs alone; the trainings only take turns. Over a trained basis
+every domain's steps move the same numbers, which is the multi-task training of the shared factors.
+"""
+
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import TrainingError
+from .fit import Step, fit
+from .recipe import Recipe
+
+
+def interleave(trainings: Mapping[str, Iterator[Step]]) -> Iterator[tuple[str, Step]]:
+    """The steps of several trainings by turns, each with its domain's name.
+
+    The training that is least far goes next, so that long and short ones end together; of equals
+    the first, so that trainings of one length go round. Leaving the loop closes them all.
+
+    >>> from onetrunk.training.fit import Step
+    >>> def steps(n): return (Step(k + 1, n, 1, 0.0, 0.0) for k in range(n))
+    >>> [name for name, _ in interleave({"a": steps(2), "b": steps(4)})]
+    ['a', 'b', 'b', 'a', 'b', 'b']
+    """
+    with ExitStack() as stack:
+        for training in trainings.values():
+            if isinstance(training, Generator):
+                stack.callback(training.close)
+        done = dict.fromkeys(trainings, 0.0)
+        while done:
+            name = min(done, key=lambda one: done[one])
+            step = next(trainings[name], None)
+            if step is None:
+                del done[name]
+                continue
+            done[name] = step.step / step.n_steps
+            yield name, step
+
+
+def fit_jointly(
+    models: Mapping[str, nn.Module],
+    train: Mapping[str, Any],
+    recipe: Recipe | None = None,
+    *,
+    device: str | torch.device | None = None,
+) -> Iterator[tuple[str, Step]]:
+    """Trains several domains by turns in place, and the basis with them where it is trainable:
+
+        loose = with_trainable_basis(compressed)
+        for name, step in fit_jointly(loose, train): ...
+        tuned = with_frozen_basis(loose)
+
+    There is no validation in between: the state of one domain at its best epoch would lie over a
+    basis that the others have moved since.
+
+    Args:
+        train: domain -> its data, as for `fit`.
+
+    Raises:
+        TrainingError: where a domain has no data, and as `fit`.
+    """
+    for name in models:
+        if name not in train:
+            raise TrainingError(
+                f"domain {name!r} has no training data, and the others would move the basis under "
+                "it. Give data for every domain, or tune each one's own factors with fit."
+            )
+    yield from interleave({n: fit(m, train[n], recipe, device=device) for n, m in models.items()})

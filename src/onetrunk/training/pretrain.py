@@ -1,0 +1,135 @@
+"""Pretraining: the backbone itself, every weight trained, with or without series adapters in place.
+
+Rebuffi et al. pretrain with series adapters where series adapters are to be used later (they must be
+there from the start), and without where parallel ones are (they plug in afterwards). What is kept is
+the backbone alone: its filters, norms and classifier; the adapters of the base domain are not.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.written_form import WEIGHTS_CARD, written_form
+from ..core.adapters import Family, Full
+from ..core.attach import Adapted, attach, build, domain_of, unmark
+from ..core.plan import Where, place
+from ..core.trace import trace
+from ..data import Preprocessing
+from ..errors import TrainingError
+from ..files import reason, write_atomically
+from ..tensorfile import pack
+
+
+def pretraining(
+    backbone: nn.Module,
+    classes: Sequence[str],
+    adapter: Family | None = None,
+    *,
+    preprocessing: Preprocessing,
+    seed: int = 0,
+) -> nn.Module:
+    """A network of `backbone`'s architecture whose every number is to be trained, by `fit`.
+
+    Args:
+        classes: the base domain's classes, in the order of the logits.
+        adapter: a family to have in place while the weights are trained, e.g. `Series()`.
+
+    Raises:
+        AttachError: where the family does not fit the backbone.
+
+    >>> from onetrunk import Series, backbone
+    >>> small = backbone("resnet26(width=0.125)", pretrained=False)
+    >>> seen = Preprocessing(size_px=32)
+    >>> model = pretraining(small, ["cat", "dog"], Series(), preprocessing=seen)
+    >>> sum(p.requires_grad for p in model.parameters()) == len(list(model.parameters()))
+    True
+    """
+    size = (preprocessing.channels, preprocessing.size_px, preprocessing.size_px)
+    whole = attach(
+        backbone, Full(), classes, preprocessing=preprocessing, input_size=size, seed=seed
+    )
+    if adapter is None:
+        return whole
+    plan, skipped = place(adapter, Where(), trace(backbone, size))
+    domain = domain_of(whole)
+    return build(
+        backbone,
+        scope="everything",
+        family=f"full with {adapter}",
+        plan=plan,
+        skipped=skipped,
+        classes=domain.classes,
+        head=domain.head,
+        head_features=domain.head_features,
+        preprocessing=preprocessing,
+        seed=seed,
+        input_size=size,
+    )
+
+
+def trunk(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a pretrained network under the backbone's own names, without adapters."""
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, Adapted)]
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        site = next((w for w in wrapped if name.startswith(f"{w}.")), None)
+        if site is None:
+            tensors[name] = tensor
+        elif name.startswith(f"{site}.layer."):
+            tensors[site + name.removeprefix(f"{site}.layer")] = tensor
+    return tensors
+
+
+def write_trunk(path: Path, model: nn.Module, card: Mapping[str, Any], *, half: bool) -> int:
+    """Writes the backbone's weights as one safetensors file that checks itself; returns its bytes.
+
+    Args:
+        card: what a reader should know: data, recipe, accuracy; the written form is added.
+        half: whether to store floating-point numbers as float16.
+
+    Raises:
+        TrainingError: where a number does not fit float16, or the file cannot be written.
+    """
+    tensors = {name: _halved(name, t) if half else t for name, t in trunk(model).items()}
+    form = written_form(plain_network(model))
+    data = pack(tensors, {WEIGHTS_CARD: {"form": form, **card}})
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {reason(error)}") from error
+    return len(data)
+
+
+def plain_network(model: nn.Module) -> nn.Module:
+    """The pretrained backbone as an ordinary network in eval mode, without its adapters."""
+    domain = domain_of(model)
+    plain = build(
+        domain.backbone,
+        scope="everything",
+        family=str(Full()),
+        plan={},
+        skipped={},
+        classes=domain.classes,
+        head=domain.head,
+        head_features=domain.head_features,
+        preprocessing=domain.preprocessing,
+    )
+    unmark(plain)
+    plain.__dict__.pop("written_form", None)
+    plain.load_state_dict(trunk(model))
+    return plain.eval()
+
+
+def _halved(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.to(torch.float16)
+    if not torch.isfinite(half).all():
+        raise TrainingError(
+            f"{name} holds {float(tensor.abs().max()):.3g}, beyond float16's 65,504: "
+            "store float32 (without --half)."
+        )
+    return half

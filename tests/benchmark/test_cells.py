@@ -1,0 +1,151 @@
+"""A cell: the same tuning for every method, resumed and never computed twice, test scored once."""
+
+import dataclasses
+
+import pytest
+
+import onetrunk.benchmark.cells as cells_module
+from onetrunk.benchmark.cells import Cell, Trunk, run_cell, subset
+from onetrunk.benchmark.ledger import Ledger
+from onetrunk.benchmark.protocol import Protocol
+from onetrunk.benchmark.study import Study, domains_in, known, run
+from onetrunk.data import load
+from onetrunk.errors import DataError, TrainingError
+
+TINY = Protocol(
+    images=16, val_images=12, size_px=16, epochs=2, trial_epochs=1, batch_size=8, tune_epochs=1
+)
+TRUNK = Trunk("resnet26(width=0.125)")
+
+
+@pytest.fixture
+def make_cell(domains):
+    def made(method="parallel", domain="stripes", seed=0, **protocol) -> Cell:
+        changed = dataclasses.replace(TINY, **protocol)
+        return Cell("mini", TRUNK, str(domains), domain, method, seed, changed)
+
+    return made
+
+
+def test_a_record_says_what_was_tried_and_what_came_of_it(make_cell, tmp_path):
+    record = run_cell(make_cell(), Ledger(tmp_path), tmp_path)
+    tried = [(trial["lr"], trial["decay"]) for trial in record["trials"]]
+    assert len(tried) == len(set(tried)) >= 4
+    assert record["n_train"] == 16
+    assert 0 <= record["test_accuracy"] <= 1
+    assert record["site_numbers"].keys() == record["site_change"].keys()
+    assert max(record["site_change"].values()) > 0
+    best = max(trial["val_accuracy"] for trial in record["trials"])
+    chosen = [t for t in record["trials"] if (t["lr"], t["decay"]) == (record["lr"], record["decay"])]
+    assert chosen[0]["val_accuracy"] == best
+
+
+def test_a_finished_cell_is_not_computed_again(make_cell, tmp_path, monkeypatch):
+    first = run_cell(make_cell("head"), Ledger(tmp_path), tmp_path)
+    monkeypatch.setattr(cells_module, "setting_of", None)
+    assert run_cell(make_cell("head"), Ledger(tmp_path), tmp_path) == first
+
+
+def test_a_cell_stopped_in_its_trials_goes_on_to_the_same_result(make_cell, tmp_path, monkeypatch):
+    whole = run_cell(make_cell(), Ledger(tmp_path / "whole"), tmp_path / "whole")
+    trainings, fit = [], cells_module.fit
+
+    def stopping(*args, **kwargs):
+        trainings.append(1)
+        if len(trainings) == 3:
+            raise KeyboardInterrupt
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(cells_module, "fit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(make_cell(), Ledger(tmp_path / "cut"), tmp_path / "cut")
+    assert [r["kind"] for r in Ledger(tmp_path / "cut").read().values()] == ["trial", "trial"]
+    again = run_cell(make_cell(), Ledger(tmp_path / "cut"), tmp_path / "cut")
+    assert len(trainings) == 3 + len(whole["trials"]) + 1 - 2
+    volatile = ("seconds",)
+    assert {k: v for k, v in again.items() if k not in volatile} == {
+        k: v for k, v in whole.items() if k not in volatile
+    }
+
+
+def test_what_a_key_depends_on(make_cell):
+    cells = [
+        make_cell(), make_cell(seed=1), make_cell("series"), make_cell(domain="shades"),
+        make_cell(epochs=3), make_cell(per_class=2),
+    ]  # fmt: skip
+    assert len({cell.key for cell in cells}) == len(cells)
+    assert make_cell().key == make_cell().key
+
+
+@pytest.mark.parametrize(
+    ("tried", "beyond"),
+    [
+        ({1 / 3: 0.5, 1.0: 0.6, 3.0: 0.5}, None),
+        ({1 / 3: 0.5, 1.0: 0.6, 3.0: 0.7}, 9.0),
+        ({1 / 3: 0.7, 1.0: 0.6, 3.0: 0.5}, 1 / 9),
+        ({1 / 3: 0.5, 1.0: 0.5, 3.0: 0.5}, None),
+        ({1 / 3: 0.1, 1.0: 0.2, 3.0: 0.3, 9.0: 0.4, 27.0: 0.5}, None),
+    ],
+)
+def test_the_grid_widens_where_its_best_lies_at_an_end_and_then_stops(tried, beyond):
+    assert Protocol().beyond(tried) == (None if beyond is None else pytest.approx(beyond))
+
+
+def test_a_subset_keeps_every_class_and_is_drawn_by_its_seed(domains):
+    images = load(domains / "stripes").train
+    few = subset(images, 6, 2, None, 0)
+    assert few.labels.bincount().tolist() == [3, 3]
+    assert subset(images, 6, 2, 2, 0).labels.bincount().tolist() == [2, 2]
+    assert subset(images, 6, 2, None, 0).names == few.names != subset(images, 6, 2, None, 1).names
+    assert subset(images, 10**9, 2, None, 0) is images
+
+
+def test_a_protocol_refuses_what_is_none():
+    with pytest.raises(TrainingError, match=r"epochs=0\): give at least 1"):
+        Protocol(epochs=0)
+    with pytest.raises(TrainingError, match="two or more learning-rate factors"):
+        Protocol(factors=(1.0,))
+
+
+@pytest.fixture
+def make_study(domains, tmp_path):
+    def made(*methods, seeds=(0,)) -> Study:
+        found = domains_in(domains)
+        return Study("mini", domains, ((TRUNK, TINY),), found, methods, seeds, tmp_path)
+
+    return made
+
+
+def test_a_study_compresses_what_it_trained_and_tells_what_it_could_not(make_study):
+    study = make_study(
+        "parallel", "compress(of='parallel', keep=0.5)", "svd(of='parallel', keep=0.5)",
+        "compress(of='series', keep=0.5)",
+    )  # fmt: skip
+    outcome = run(study)
+    assert [r["method"] for r in outcome.records].count("compress(of='parallel', keep=0.5)") == 2
+    assert len(outcome.failures) == 1
+    assert "needs domains trained with series" in outcome.failures[0]
+    by_method = {record["method"]: record for record in outcome.records}
+    joint, alone = by_method["compress(of='parallel', keep=0.5)"], by_method["svd(of='parallel', keep=0.5)"]
+    assert joint["shared_numbers"] > 0 == alone["shared_numbers"]
+    assert joint["numbers"] < by_method["parallel"]["numbers"]
+    again = run(study)
+    assert again.records == outcome.records == known(study)
+
+
+def test_two_processes_compute_what_one_does(make_study, tmp_path):
+    study = make_study("norm")
+    alone = run(study).records
+    other = dataclasses.replace(study, work=tmp_path / "other")
+    both = run(other, workers=2).records
+    accuracies = [{r["domain"]: r["test_accuracy"] for r in records} for records in (alone, both)]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_folders_that_hold_no_domains_are_refused(domains, tmp_path):
+    with pytest.raises(DataError, match="has no domain 'x': it has shades, stripes"):
+        domains_in(domains, ["x"])
+    with pytest.raises(DataError, match="has no folders below it"):
+        domains_in(tmp_path)
+    with pytest.raises(DataError, match="is no folder"):
+        domains_in(tmp_path / "none")

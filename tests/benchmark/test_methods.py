@@ -1,0 +1,38 @@
+"""Methods by their written form: read back as written; what cannot be read is refused by name."""
+
+import pytest
+
+from onetrunk.benchmark.methods import read_method
+from onetrunk.errors import AttachError, SpecError
+
+FORMS = (
+    "head", "full", "scratch", "parallel", "lowrank(rank=4)", "parallel@late",
+    "lowrank(rank=4)@early+mid", "series@first", "allocate(budget='1%')", "uniform(budget='2%')",
+    "lora(like='parallel')", "lora(like='lowrank(rank=4)', norms=True)",
+    "compress(of='parallel', keep=0.5)", "compress(of='parallel', keep=0.25, share='both')",
+    "svd(of='lowrank(rank=4)', keep=0.5)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_method_is_written_as_it_is_read(form):
+    assert str(read_method(form)) == form
+
+
+@pytest.mark.parametrize(
+    ("form", "error", "message"),
+    [
+        ("paralel", SpecError, "unknown method 'paralel'.*Did you mean 'parallel'"),
+        ("parallel@top", SpecError, "'top' is no place. Use stages"),
+        ("scratch@late", SpecError, "only a family is placed"),
+        ("lowrank(rank=0)", AttachError, "rank must be a whole number"),
+        ("lora(like='scratch')", SpecError, "`like` names an adapter family"),
+        ("lora()", SpecError, "like"),
+        ("compress(of='scratch', keep=0.5)", SpecError, "`of` names a method with adapters"),
+        ("compress(of='parallel', keep=1.5)", SpecError, "keep is a share above 0"),
+        ("svd(of='parallel', keep=0.5, x=1)", SpecError, "unexpected keyword argument 'x'"),
+    ],
+)
+def test_what_is_no_method_is_refused(form, error, message):
+    with pytest.raises(error, match=message):
+        read_method(form)

@@ -1,0 +1,151 @@
+"""write_report: every file, the same figures in all of them, nothing fetched, nothing run."""
+
+import base64
+import json
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from onetrunk.benchmark.report import MethodLabel, write_report
+from onetrunk.errors import DataError, MissingExtraError
+
+METHODS = [
+    MethodLabel("head", "Probe", "base"),
+    MethodLabel("parallel", "Parallel", "adapters"),
+    MethodLabel("full", "Fine-tuning", "reference"),
+]
+COMMAND = "onetrunk benchmark mini --data photos"
+HOSTILE = '<script>alert("1")</script>'
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] not in ("script", "style"):
+            self.text += data
+
+
+def written(rows, out, methods=METHODS):
+    return {path.name: path for path in write_report(rows, methods, out, "A study", COMMAND)}
+
+
+@pytest.fixture(scope="module")
+def rows(table):
+    return table(["head", "parallel", "full"], ["signs", "faces"], [0, 1])
+
+
+@pytest.fixture(scope="module")
+def files(rows, tmp_path_factory):
+    return written(rows, tmp_path_factory.mktemp("report") / "new" / "folder")
+
+
+def test_the_report_is_whole_and_its_pictures_are_pngs(files):
+    assert {"table.md", "results.json", "report.html"} < set(files)
+    pictures = [path for name, path in files.items() if name.endswith(".png")]
+    assert len(pictures) == 5  # accuracy twice, change by layer, a map of each adapted method
+    assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in pictures)
+    assert set(files.values()) == set(files["table.md"].parent.iterdir())
+
+
+def test_the_page_needs_nothing_but_itself(files):
+    text = files["report.html"].read_text()
+    page = Page(text)
+    assert not {"link", "iframe", "object", "embed", "a"} & {tag for tag, _ in page.tags}
+    sources = [attributes["src"] for _, attributes in page.tags if "src" in attributes]
+    assert len(sources) == 5
+    for source in sources:
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(
+            b"\x89PNG"
+        )
+    assert not re.search(r"https?:|url\(|@import|//\w", re.sub(r"base64,[\w+/=]+", "", text))
+    assert COMMAND in page.text and "A study" in page.text
+
+
+def test_names_from_rows_are_text_and_nothing_else(rows, row, tmp_path):
+    hostile = [
+        row(HOSTILE, HOSTILE, 0, backbone=HOSTILE, machine=HOSTILE, study=HOSTILE),
+        row("full", HOSTILE, 0, backbone=HOSTILE, study=HOSTILE),
+    ]
+    files = written([*rows, *hostile], tmp_path)
+    page = Page(files["report.html"].read_text())
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "results"}]
+    assert page.text.count(HOSTILE) > 3
+    assert "<script>" not in files["table.md"].read_text()
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in files)
+    assert set(files.values()) == set(tmp_path.iterdir())
+
+
+def test_the_rows_are_in_the_page_and_in_the_json(rows, files):
+    kept = json.loads(files["results.json"].read_text())["rows"]
+    assert [row["test_accuracy"] for row in kept] == [row["test_accuracy"] for row in rows]
+    text = files["report.html"].read_text()
+    embedded = re.search(r'id="results">(.*?)</script>', text, flags=re.S)
+    assert json.loads(embedded[1]) == kept
+
+
+def test_the_figures_of_the_json_are_those_of_the_table(files):
+    markdown = files["table.md"].read_text()
+    (section,) = json.loads(files["results.json"].read_text())["sections"]
+    for method in section["methods"]:
+        assert f"{100 * method['accuracy']['mean']:.1f}" in markdown
+    assert f"- command: {COMMAND}" in markdown
+
+
+def test_what_is_missing_stands_above_the_tables(rows, tmp_path):
+    files = written(rows[:-1], tmp_path)
+    line = "mini, resnet26(width=0.5): Fine-tuning lacks 1 of 4 cells (faces 1)"
+    assert line in Page(files["report.html"].read_text()).text
+    assert line in files["table.md"].read_text()
+    assert json.loads(files["results.json"].read_text())["missing"] == [line]
+
+
+def test_each_study_and_backbone_has_a_section_of_its_own(rows, table, tmp_path):
+    few = {"domains": ["signs", "faces"], "seeds": [0]}
+    others = table(["head", "full"], **few, backbone="timm:resnet18")
+    transfer = table(["parallel", "full"], **few, study="transfer", per_class=5)
+    files = written([*rows, *others, *transfer], tmp_path)
+    sections = json.loads(files["results.json"].read_text())["sections"]
+    assert [section["title"] for section in sections] == [
+        "mini: resnet26(width=0.5)", "mini: timm:resnet18", "transfer: resnet26(width=0.5)",
+    ]  # fmt: skip
+    assert "with 5 images a class" in sections[2]["sentence"]
+
+
+def test_a_second_report_replaces_the_first(rows, tmp_path):
+    first = written(rows[:1], tmp_path)["table.md"].read_text()
+    assert written(rows[:2], tmp_path)["table.md"].read_text() != first
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_without_a_row_the_command_is_named(tmp_path):
+    with pytest.raises(
+        DataError, match=f"no finished cell to show. Run the study first: {COMMAND}"
+    ):
+        written([], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(row, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"the report cannot be written to .*file"):
+        written([row("full", "signs", 0)], tmp_path / "file")
+
+
+def test_without_matplotlib_nothing_is_written(rows, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match="a report needs matplotlib"):
+        written(rows, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,63 @@
+"""pretrain as a user types it: a file that `new` takes, a stop that goes on, nothing overwritten."""
+
+import json
+
+import pytest
+
+import onetrunk.cli.pretraining as pretraining_module
+from onetrunk.bank.bank import Bank
+
+FORM = "resnet26(width=0.25)"
+
+
+def words(photos, out, *more):
+    return ("pretrain", FORM, "--data", photos, "--out", out, "--size", 16, "--epochs", 2, *more)
+
+
+def test_a_pretrained_file_makes_a_bank(run, photos, tmp_path):
+    out = tmp_path / "trunk.safetensors"
+    done = run(*words(photos, out, "--adapter", "series", "--half", "--json"))
+    assert done.status == 0, done.err
+    report = json.loads(done.out)
+    assert report["trained_with"] == "full with series"
+    assert report["bytes"] == out.stat().st_size
+    assert list(tmp_path.iterdir()) == [out]
+    assert run("new", tmp_path / "a.bank", "--backbone", FORM, "--weights", out).status == 0
+    assert Bank.open(tmp_path / "a.bank").backbone_form == "resnet26(width=0.25, num_classes=2)"
+
+
+def test_a_stopped_pretraining_goes_on_with_resume_only(run, photos, tmp_path, monkeypatch):
+    out, fit = tmp_path / "trunk.safetensors", pretraining_module.fit
+
+    def stopping(*args, **kwargs):
+        for number, step in enumerate(fit(*args, **kwargs)):
+            if number == 1:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(pretraining_module, "fit", stopping)
+    assert run(*words(photos, out)).status == 1
+    monkeypatch.setattr(pretraining_module, "fit", fit)
+    assert [path.name for path in tmp_path.iterdir()] == ["trunk.safetensors.unfinished"]
+    refused = run(*words(photos, out))
+    assert refused.status == 1
+    assert "is a pretraining that was stopped. Go on with --resume" in refused.err
+    assert run(*words(photos, out, "--resume")).status == 0
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_file_is_never_overwritten(run, photos, tmp_path):
+    out = tmp_path / "trunk.safetensors"
+    out.write_bytes(b"mine")
+    refused = run(*words(photos, out))
+    assert refused.status == 1
+    assert "is there already" in refused.err
+    assert out.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("missing", [FORM.replace("resnet26", "resnet27"), "timm:none"])
+def test_an_unknown_backbone_is_told_before_anything_is_read(run, photos, tmp_path, missing):
+    refused = run("pretrain", missing, "--data", photos, "--out", tmp_path / "x.safetensors")
+    assert refused.status == 1
+    assert "unknown" in refused.err
+    assert not list(tmp_path.iterdir())
