@@ -68,6 +68,13 @@ def test_the_main_table_says_over_how_many_domains_a_line_is(table):
     assert any(note.endswith("compare: Parallel.") for note in found.notes)
 
 
+def test_without_fine_tuning_nothing_is_said_of_it(table):
+    rows = read_rows(cases(table)["no fine-tuning"])
+    found = method_table(summarise(rows, METHODS))
+    assert not {"S", "against full, points"} & set(found.head)
+    assert "accuracy, %" in found.head and "full" not in table_text(found)
+
+
 def test_a_domain_that_fine_tuning_solves_is_named_below_the_scores(table):
     rows = [
         r | {"test_accuracy": 1.0} if (r["method"], r["domain"]) == ("full", "signs") else r

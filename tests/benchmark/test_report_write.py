@@ -73,12 +73,12 @@ def test_the_page_needs_nothing_but_itself(files):
     assert COMMAND in page.text and "A study" in page.text
 
 
-def test_names_from_rows_are_text_and_nothing_else(rows, row, tmp_path):
+def test_names_from_rows_are_text_and_nothing_else(row, tmp_path):
     hostile = [
         row(HOSTILE, HOSTILE, 0, backbone=HOSTILE, machine=HOSTILE, study=HOSTILE),
         row("full", HOSTILE, 0, backbone=HOSTILE, study=HOSTILE),
     ]
-    files = written([*rows, *hostile], tmp_path)
+    files = written(hostile, tmp_path)
     page = Page(files["report.html"].read_text())
     scripts = [attributes for tag, attributes in page.tags if tag == "script"]
     assert scripts == [{"type": "application/json", "id": "results"}]
@@ -116,12 +116,19 @@ def test_each_study_and_backbone_has_a_section_of_its_own(rows, table, tmp_path)
     few = {"domains": ["signs", "faces"], "seeds": [0]}
     others = table(["head", "full"], **few, backbone="timm:resnet18")
     transfer = table(["parallel", "full"], **few, study="transfer", per_class=5)
-    files = written([*rows, *others, *transfer], tmp_path)
+    files = written([*rows[:2], *others, *transfer], tmp_path)
     sections = json.loads(files["results.json"].read_text())["sections"]
     assert [section["title"] for section in sections] == [
         "mini: resnet26(width=0.5)", "mini: timm:resnet18", "transfer: resnet26(width=0.5)",
     ]  # fmt: skip
     assert "with 5 images a class" in sections[2]["sentence"]
+
+
+def test_a_probe_alone_changes_no_layer_and_has_no_rate_to_show(row, tmp_path):
+    probe = row("head", "signs", 0, lr=None, decay=None, trials=[], site_change={"stem": 0.0})
+    files = written([probe], tmp_path)
+    assert not [name for name in files if name.startswith("change")]
+    assert "Chosen" not in files["table.md"].read_text()
 
 
 def test_a_second_report_replaces_the_first(rows, tmp_path):

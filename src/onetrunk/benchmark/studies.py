@@ -8,6 +8,7 @@ stages    one family at early, mid, late stages, first or second convolutions: w
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import written
 from ..core.plan import default_family
@@ -20,7 +21,8 @@ from .report import MethodLabel
 from .study import Study, domains_in
 
 BASE = "tiny_imagenet"  # what the packaged ResNet-26 was pretrained on: no domain of a study
-PER_CLASS = (5, 10, 25, 50, 100)
+ALL = 0  # as a number of images a class: every image
+PER_CLASS = (5, 10, 25, 50, 100, ALL)
 SMALL_TRUNKS = ("resnet26(width=0.5)", "timm:tf_efficientnet_lite0")
 FULL_TRUNKS = ("resnet26(width=0.5)", "timm:tf_efficientnet_lite0")
 PLACES = ("early", "mid", "late", "early+mid", "mid+late", "first", "second")
@@ -65,7 +67,7 @@ def transfer(wish: Wish) -> list[Study]:
     Raises:
         TrainingError: where a number of images a class is below 2.
     """
-    if wrong := [n for n in wish.per_class if n < 2]:
+    if wrong := [n for n in wish.per_class if n < 2 and n != ALL]:
         raise TrainingError(
             f"transfer with {wrong[0]} images a class: training and validation need 2 at least."
         )
@@ -74,9 +76,14 @@ def transfer(wish: Wish) -> list[Study]:
         family = default_adapter(trunk)
         methods = wish.methods or ("head", "norm", "full", "series", family)
         for n in wish.per_class:
-            protocol = dataclasses.replace(_protocol(trunk, wish.full), per_class=n)
+            protocol = dataclasses.replace(_protocol(trunk, wish.full), **_images(n))
             studies.append(_study("transfer", wish, trunk, methods, protocol))
     return studies
+
+
+def _images(n: int) -> dict[str, Any]:
+    """The fields of a protocol that say how many training images there are."""
+    return {"images": 10**9, "val_images": 10**9} if n == ALL else {"per_class": n}
 
 
 STUDIES = {"mini": mini, "transfer": transfer, "stages": stages}

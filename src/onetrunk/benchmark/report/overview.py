@@ -1,0 +1,82 @@
+"""overview: under what conditions a table came about, and what is still missing in it."""
+
+from collections.abc import Iterable, Sequence
+
+from .rows import MethodLabel, Row
+from .summary import grouped
+
+N_NAMED = 8  # domains that are named before the rest is counted
+
+
+def facts(rows: Sequence[Row], command: str) -> list[tuple[str, str]]:
+    """What a reader must know to repeat the study: (name, text) in the order to show."""
+    seconds = sum(row.seconds for row in rows)
+    n_domains = len({row.domain for row in rows})
+    found = [
+        ("command", command),
+        ("cells", f"{len(rows)}, over {_n(n_domains, 'domain')}"),
+        ("backbones", _values(row.backbone for row in rows)),
+        ("seeds", _values(sorted({row.seed for row in rows}))),
+        ("image size", _values(sorted({row.size_px for row in rows if row.size_px}), " px")),
+        ("epochs", _values(sorted({row.epochs for row in rows if row.epochs}))),
+        ("computing time", duration(seconds)),
+        ("machine", _values(row.machine for row in rows if row.machine)),
+        ("threads", _values(sorted({row.threads for row in rows if row.threads}))),
+        ("torch", _values(sorted({row.torch for row in rows if row.torch}))),
+    ]
+    return [(name, text) for name, text in found if text]
+
+
+def missing(rows: Sequence[Row], methods: Sequence[MethodLabel]) -> list[str]:
+    """Sentences on the cells that are not there; empty where the table is whole.
+
+    Expected is every method with every domain, seed and number of images a class that any row of
+    the same study and backbone has: what nobody has run yet is not known here.
+    """
+    found = []
+    for (study, backbone), group in grouped(rows, lambda row: (row.study, row.backbone)).items():
+        of_method = grouped(group, lambda row: row.method)
+        places = list(dict.fromkeys(_place(row) for row in group))
+        for method in methods:
+            done = {_place(row) for row in of_method.get(method.name, [])}
+            absent = [place for place in places if place not in done]
+            if absent:
+                which = "all" if not done else _named(absent)
+                found.append(
+                    f"{study}, {backbone}: {method.label} lacks {len(absent)} of "
+                    f"{_n(len(places), 'cell')} ({which})"
+                )
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words.
+
+    >>> duration(42), duration(750), duration(7320)
+    ('42 s', '12 min 30 s', '2 h 2 min')
+    """
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, rest_min = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {rest_min} min"
+    return f"{minutes} min {rest_s} s" if minutes else f"{rest_s} s"
+
+
+def _place(row: Row) -> tuple[str, int, int | None]:
+    return row.domain, row.seed, row.per_class
+
+
+def _named(absent: Sequence[tuple[str, int, int | None]]) -> str:
+    """Domains and how many cells of each are missing."""
+    of_domain = grouped(absent, lambda place: place[0])
+    names = [f"{domain} {len(places)}" for domain, places in of_domain.items()]
+    rest = [f"{len(names) - N_NAMED} more domains"] if len(names) > N_NAMED else []
+    return ", ".join([*names[:N_NAMED], *rest])
+
+
+def _values(values: Iterable[object], unit: str = "") -> str:
+    return ", ".join(f"{value}{unit}" for value in dict.fromkeys(values))
+
+
+def _n(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -1,0 +1,108 @@
+"""write: a report on disk: table.md, results.json, the pictures, and report.html that holds all."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onetrunk.errors import DataError
+from onetrunk.files import reason, write_atomically
+
+from .compose import Report, Section, compose
+from .html import page
+from .look import require_extra
+from .markdown import escape, table_text
+from .rows import MethodLabel, Row, read_rows
+
+
+def write_report(
+    rows: Iterable[Mapping[str, Any]],
+    methods: Sequence[MethodLabel],
+    out: Path,
+    title: str,
+    command: str,
+) -> list[Path]:
+    """Writes the report of `rows` into the folder `out`, and returns the files.
+
+    Args:
+        rows: one dict a finished cell, some or all of a study; see `Row`.
+        methods: order, labels and colours; a method of the rows that is not among them comes last.
+        out: made where it is missing; files of an earlier report are replaced, each in one step.
+        title: the heading.
+        command: the line that repeats the study.
+
+    Returns:
+        table.md, results.json, the pictures, report.html (which needs none of the others).
+
+    Raises:
+        DataError: no row, a row that cannot be, or a folder that cannot be written.
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    require_extra()
+    read = read_rows(rows)
+    if not read:
+        raise DataError(
+            f"report {title!r} has no finished cell to show. Run the study first: {command}"
+        )
+    report = compose(read, methods, title, command)
+    plain = [_plain(row) for row in read]
+    contents = {
+        "table.md": markdown_text(report).encode(),
+        "results.json": _json(report, command, plain),
+        **{picture.name: picture.png for s in report.sections for picture in s.pictures},
+        "report.html": page(report, plain).encode(),
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, data in contents.items():
+            write_atomically(out / name, data)
+    except OSError as error:
+        raise DataError(f"the report cannot be written to {out}: {reason(error)}") from error
+    return [out / name for name in contents]
+
+
+def markdown_text(report: Report) -> str:
+    """The report's facts, what is missing, sentences, tables and pictures, as Markdown."""
+    parts = [f"# {escape(report.title)}", *_facts(report)]
+    for section in report.sections:
+        parts.append(f"## {escape(section.title)}")
+        parts += [escape(section.sentence)] if section.sentence else []
+        parts += [table_text(table) for table in section.tables]
+        parts += [
+            f"![{escape(picture.caption)}]({picture.name})"
+            for picture in section.pictures
+            if not picture.folded
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(report: Report) -> list[str]:
+    known = "\n".join(f"- {escape(name)}: {escape(text)}" for name, text in report.facts)
+    absent = "\n".join(f"- {escape(line)}" for line in report.missing)
+    return [known, f"Missing:\n\n{absent}"] if absent else [known]
+
+
+def _json(report: Report, command: str, rows: list[dict[str, Any]]) -> bytes:
+    value = {
+        "title": report.title,
+        "command": command,
+        "missing": report.missing,
+        "sections": [_section_value(section) for section in report.sections],
+        "rows": rows,
+    }
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _section_value(section: Section) -> dict[str, Any]:
+    tables = [{"title": t.title, "head": t.head, "rows": t.rows} for t in section.tables]
+    return {
+        "title": section.title,
+        "sentence": section.sentence,
+        "methods": [dataclasses.asdict(summary) for summary in section.summaries],
+        "tables": tables,
+    }
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return dataclasses.asdict(row)

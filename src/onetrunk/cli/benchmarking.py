@@ -1,0 +1,181 @@
+"""benchmark: the studies, each a command; argv -> values -> calls."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import DataError
+from .console import Screen
+from .decathlon import decathlon, decathlon_score
+
+if TYPE_CHECKING:
+    from ..benchmark.studies import Wish
+
+benchmark = typer.Typer(
+    name="benchmark",
+    help="The paper's studies and ours, on images of yours or of theirs.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+benchmark.command()(decathlon)
+benchmark.command("decathlon-score")(decathlon_score)
+
+Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="One data source a domain below it.")
+]
+Out = Annotated[Path, typer.Option(help="Where results and report go; a run goes on there.")]
+Backbones = Annotated[
+    list[str] | None,
+    typer.Option("--backbone", metavar="NAME[@WEIGHTS]", help="Again for several."),
+]
+Methods = Annotated[
+    str, typer.Option(help="With ; between: 'head; full; lowrank(rank=8); parallel@late'.")
+]
+Domains = Annotated[str, typer.Option(help="With commas between; by default all but the base.")]
+Seeds = Annotated[str, typer.Option(help="With commas between.")]
+Full = Annotated[bool, typer.Option("--full/--small", help="Every image at 64 px, for one GPU.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes, each with one thread.")]
+ReportOnly = Annotated[
+    bool, typer.Option("--report-only", help="Compute nothing: report what is there.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
+
+
+@benchmark.command()
+def mini(
+    folder: Folder,
+    out: Out = Path("results/mini"),
+    backbones: Backbones = None,
+    methods: Methods = "",
+    domains: Domains = "",
+    seeds: Seeds = "0",
+    full: Full = False,
+    workers: Workers = 2,
+    report_only: ReportOnly = False,
+    as_json: AsJson = False,
+) -> None:
+    """Methods x domains: accuracy against parameters, with rivals under the same tuning.
+
+    Example: onetrunk benchmark mini domains --out results/mini --methods "head; full; parallel"
+    """
+    wish = _wish(folder, out, backbones, methods, domains, seeds, full)
+    _run("mini", wish, workers, report_only, Screen(as_json))
+
+
+@benchmark.command()
+def transfer(
+    folder: Folder,
+    out: Out = Path("results/transfer"),
+    per_class: Annotated[str, typer.Option(help="Training images a class.")] = "5,10,25,50,100,all",
+    backbones: Backbones = None,
+    methods: Methods = "",
+    domains: Domains = "",
+    seeds: Seeds = "0,1,2",
+    full: Full = False,
+    workers: Workers = 2,
+    report_only: ReportOnly = False,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy against training images a class: adapters and fine-tuning where data is scarce.
+
+    Example: onetrunk benchmark transfer domains --per-class 5,25 --domains flowers,gtsrb
+    """
+    import dataclasses
+
+    from ..benchmark.studies import ALL
+
+    wish = _wish(folder, out, backbones, methods, domains, seeds, full)
+    numbers = per_class.replace("all", str(ALL))
+    wish = dataclasses.replace(wish, per_class=_numbers(numbers, "--per-class"))
+    _run("transfer", wish, workers, report_only, Screen(as_json))
+
+
+@benchmark.command()
+def stages(
+    folder: Folder,
+    out: Out = Path("results/stages"),
+    backbones: Backbones = None,
+    methods: Methods = "",
+    domains: Domains = "",
+    seeds: Seeds = "0",
+    full: Full = False,
+    workers: Workers = 2,
+    report_only: ReportOnly = False,
+    as_json: AsJson = False,
+) -> None:
+    """Where adapters pay: early, mid or late stages, first or second convolutions of a block.
+
+    Example: onetrunk benchmark stages domains --backbone "resnet26(width=0.5)"
+    """
+    wish = _wish(folder, out, backbones, methods, domains, seeds, full)
+    _run("stages", wish, workers, report_only, Screen(as_json))
+
+
+def _wish(
+    folder: Path,
+    out: Path,
+    backbones: list[str] | None,
+    methods: str,
+    domains: str,
+    seeds: str,
+    full: bool,
+) -> "Wish":
+    from ..benchmark.studies import Wish
+
+    return Wish(
+        data=folder,
+        out=out,
+        backbones=tuple(backbones or ()),
+        methods=_listed(methods, ";"),
+        domains=_listed(domains, ","),
+        seeds=_numbers(seeds, "--seeds"),
+        full=full,
+    )
+
+
+def _listed(text: str, between: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(between) if part.strip())
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in _listed(text, ","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no list of whole numbers such as 0,1,2", param_hint=option
+        ) from None
+
+
+def _run(name: str, wish: "Wish", workers: int, report_only: bool, screen: Screen) -> None:
+    from ..benchmark.report import require_extra, write_report
+    from ..benchmark.studies import STUDIES, shown
+    from ..benchmark.study import known, run
+
+    require_extra()
+    studies = STUDIES[name](wish)
+    records, failures = [], []
+    for study in studies:
+        if report_only:
+            records += known(study)
+            continue
+        cells = len(study.cells()) + sum(len(c) for c in study.compressions())
+        screen.say(f"{study.trunks[0][0]}: {cells} cells, {len(study.domains)} domains")
+        with screen.bar(name) as show:
+            outcome = run(study, workers, show)
+        records += outcome.records
+        failures += outcome.failures
+    for failure in failures:
+        screen.warn(f"left out: {failure}")
+    if not records:
+        raise DataError(f"{wish.out} has no finished cell of this study. Run it first.")
+    methods = dict.fromkeys(method for study in studies for method in study.methods)
+    command = shlex.join(["onetrunk", *sys.argv[1:]])
+    files = write_report(records, shown(list(methods)), wish.out, f"onetrunk: {name}", command)
+    screen.say((wish.out / "table.md").read_text())
+    screen.say(f"report {wish.out / 'report.html'}")
+    screen.finish(
+        {"cells": len(records), "left_out": failures, "files": [str(path) for path in files]}
+    )

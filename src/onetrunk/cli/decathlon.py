@@ -1,0 +1,127 @@
+"""benchmark decathlon, decathlon-score: the challenge from its official files, for a person."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import Screen, percent
+
+if TYPE_CHECKING:
+    from ..benchmark.decathlon import Report
+
+AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
+LABELS = "A folder with <name>_test.json, of the authors' labels_test.zip."
+
+
+def decathlon(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The devkit, decathlon-1.0: see the docs.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="WORK", help="The folder of this run.")],
+    backbone: Annotated[
+        str, typer.Option(metavar="NAME", help="resnet26(width=1.0), timm:NAME, torchvision:NAME.")
+    ] = "resnet26(width=1.0)",
+    weights: Annotated[
+        Path | None, typer.Option(help="A safetensors file with the backbone's weights.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="FAMILY", help="By default what fits the backbone.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="released, paper, or one with fields: released(lr=0.05).")
+    ] = "released",
+    joint: Annotated[
+        bool, typer.Option("--joint", help="The domains take turns, a step each.")
+    ] = False,
+    train_on: Annotated[str, typer.Option(help="train or train+val.")] = "train",
+    domains: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Some of the ten; by default all.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    labels: Annotated[Path | None, typer.Option(metavar="FOLDER", help=LABELS)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The Visual Decathlon from its official files: train, answer the test images, score.
+
+    Saying the same command again goes on where it was stopped. WORK/results.json is the submission.
+
+    Example: onetrunk benchmark decathlon decathlon-1.0 --adapter parallel --out work
+    """
+    import dataclasses
+
+    from ..backbones import backbone as build_backbone
+    from ..benchmark.decathlon import Settings, conclude, read_devkit, train
+    from ..core.adapters import read_family
+    from ..training.recipe import read_recipe
+
+    screen = Screen(as_json)
+    asked = read_recipe(recipe)
+    settings = Settings(
+        family=None if adapter is None else read_family(adapter),
+        recipe=asked if epochs is None else dataclasses.replace(asked, epochs=epochs),
+        train_on=train_on,  # type: ignore[arg-type]
+        joint=joint,
+        device=device,
+    )
+    names = None if domains is None else [name.strip() for name in domains.split(",")]
+    kit = read_devkit(folder, names)
+    for name, files in kit.domains.items():
+        counts = f"{len(files.train)} train, {len(files.val)} val, {len(files.test)} test"
+        screen.say(f"{name}: {len(files.classes)} classes, images: {counts}")
+    network = build_backbone(backbone, weights=weights)
+    if backbone.startswith("resnet26") and weights is None:
+        screen.warn("no --weights: this backbone is untrained, and the score will be low.")
+    with screen.bar("training") as show:
+        done: dict[str, tuple[int, int]] = {}
+        for name, step in train(kit, network, settings, out):
+            done[name] = step.step, step.n_steps
+            n_done, n_steps = (sum(counts) for counts in zip(*done.values(), strict=True))
+            show(n_done, n_steps, f"{name}, loss {step.loss:.3f}")
+    report = conclude(kit, settings, out, labels=labels)
+    _show_decathlon(report, screen)
+    screen.finish(report.to_json())
+
+
+def _show_decathlon(report: "Report", screen: Screen) -> None:
+    screen.table(*report.table())
+    if report.mean_accuracy is not None:
+        measured = f"mean {report.measured_on} accuracy {percent(report.mean_accuracy)}"
+        all_ten = "" if report.score is None else f", S = {report.score:.0f}"
+        screen.say(f"{measured}{all_ten}")
+    if report.measured_on == "val":
+        screen.say("points are of validation images: submit, or give --labels, for a result")
+    if report.unofficial:
+        screen.warn(
+            f"{', '.join(report.unofficial)}: classes or test images are not as many as in the "
+            "challenge, so the points mean nothing."
+        )
+    screen.say(f"to submit: {report.results}")
+
+
+def decathlon_score(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS_JSON", help="The submission.")],
+    labels: Annotated[Path, typer.Option(metavar="FOLDER", help=LABELS)],
+    as_json: AsJson = False,
+) -> None:
+    """The score of a results.json against local label files.
+
+    Example: onetrunk benchmark decathlon-score work/results.json --labels labels_test
+    """
+    from ..benchmark.decathlon import score_results
+
+    screen = Screen(as_json)
+    found = score_results(results, labels)
+    rows = [
+        (name, f"{100 * accuracy:.2f}", f"{found.points[name]:.0f}")
+        for name, accuracy in found.accuracies.items()
+    ]
+    screen.table(("domain", "test %", "points"), rows)
+    if found.score is None:
+        screen.say(f"{len(rows)} of the ten domains; S needs all of them")
+    else:
+        screen.say(f"S = {found.score:.0f}")
+    screen.finish(found.to_json())

@@ -1,0 +1,65 @@
+"""benchmark as a user types it: a report, the same again at once, and refusals before any work."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TINY = ("--backbone", "resnet26(width=0.125)", "--workers", 1)
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory):
+    """One domain, of 8 pictures a class and split."""
+    root, rng = tmp_path_factory.mktemp("domains"), np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for name, mean in (("dark", 60), ("light", 190)):
+            folder = root / "shades" / split / name
+            folder.mkdir(parents=True)
+            for number in range(8):
+                grey = np.clip(rng.normal(mean, 20, (36, 36)), 0, 255).astype(np.uint8)
+                Image.fromarray(grey).save(folder / f"{number}.png")
+    return root
+
+
+def test_mini_writes_a_report_and_computes_nothing_twice(run, domains, tmp_path):
+    words = ("benchmark", "mini", domains, "--out", tmp_path, *TINY, "--methods", "head; norm")
+    first = run(*words)
+    assert first.status == 0, first.err
+    assert "linear probe" in first.out
+    lines = (tmp_path / "cells.jsonl").read_text()
+    assert run(*words).status == 0
+    assert (tmp_path / "cells.jsonl").read_text() == lines
+    report = run(*words, "--report-only", "--json")
+    assert json.loads(report.out)["cells"] == 2
+    assert (tmp_path / "report.html").exists()
+
+
+def test_transfer_has_a_cell_for_each_number_of_images(run, domains, tmp_path):
+    done = run(
+        "benchmark", "transfer", domains, "--out", tmp_path, *TINY, "--methods", "head",
+        "--per-class", "2,all", "--seeds", "0,1", "--json",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["cells"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (("mini", "--methods", "parallell"), 1, "unknown method 'parallell'"),
+        (("mini", "--domains", "cats"), 1, "has no domain 'cats'"),
+        (("mini", "--seeds", "one"), 2, "no list of whole numbers"),
+        (("transfer", "--per-class", "1"), 1, "need 2 at least"),
+        (("mini", "--report-only", "--methods", "head"), 1, "no finished cell of this study"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_computed(
+    run, domains, tmp_path, words, status, message
+):
+    study, *options = words
+    refused = run("benchmark", study, domains, "--out", tmp_path, *TINY, *options)
+    assert refused.status == status
+    assert message in " ".join(refused.err.replace("│", " ").split())
+    assert not list(tmp_path.glob("*.jsonl"))
