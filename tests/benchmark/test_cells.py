@@ -36,10 +36,8 @@ def test_a_record_says_what_was_tried_and_what_came_of_it(make_cell, tmp_path):
     assert record["site_numbers"].keys() == record["site_change"].keys()
     assert max(record["site_change"].values()) > 0
     best = max(trial["val_accuracy"] for trial in record["trials"])
-    chosen = [
-        t for t in record["trials"] if (t["lr"], t["decay"]) == (record["lr"], record["decay"])
-    ]
-    assert chosen[0]["val_accuracy"] == best
+    found = {(t["lr"], t["decay"]): t["val_accuracy"] for t in record["trials"]}
+    assert found[record["lr"], record["decay"]] == best
 
 
 def test_a_finished_cell_is_not_computed_again(make_cell, tmp_path, monkeypatch):
@@ -128,10 +126,8 @@ def test_a_study_compresses_what_it_trained_and_tells_what_it_could_not(make_stu
     assert len(outcome.failures) == 1
     assert "needs domains trained with series" in outcome.failures[0]
     by_method = {record["method"]: record for record in outcome.records}
-    joint, alone = (
-        by_method["compress(of='parallel', keep=0.5)"],
-        by_method["svd(of='parallel', keep=0.5)"],
-    )
+    joint = by_method["compress(of='parallel', keep=0.5)"]
+    alone = by_method["svd(of='parallel', keep=0.5)"]
     assert joint["shared_numbers"] > 0 == alone["shared_numbers"]
     assert joint["numbers"] < by_method["parallel"]["numbers"]
     again = run(study)

@@ -1,4 +1,4 @@
-"""Two processes train what one trains: equal numbers on both, those of one process within rounding."""
+"""Two processes train what one trains: equal numbers on both, those of one within rounding."""
 
 import os
 import runpy

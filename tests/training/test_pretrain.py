@@ -1,4 +1,4 @@
-"""Pretraining: every number learns, the backbone alone is kept, and reads back as it was written."""
+"""Pretraining: every number learns, the backbone alone is kept and reads back as written."""
 
 import pytest
 import torch

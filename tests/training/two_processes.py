@@ -1,6 +1,6 @@
 """Trains a network without batch norm and writes its numbers: alone, or under `torchrun` on two.
 
-    torchrun --standalone --nproc-per-node 2 two_processes.py OUT
+torchrun --standalone --nproc-per-node 2 two_processes.py OUT
 """
 
 import sys

@@ -30,6 +30,7 @@ from ..core.attach import attach
 from ..core.plan import Where
 from ..data import Prepared, Preprocessing
 from ..errors import AttachError, SpecError
+from ..training.sensitivity import DEFAULT, By
 
 Group = Literal["reference", "adapters", "budgeted", "compressed", "rival"]
 STAGES = ("early", "mid", "late")
@@ -116,7 +117,7 @@ class Allocate:
     """A plan of the domain's own: ranks where a measured sensitivity says they buy the most."""
 
     budget: str = "1%"
-    by: Literal["gradients"] = "gradients"
+    by: By = DEFAULT
     group: ClassVar[Group] = "budgeted"
 
     def __str__(self) -> str:
@@ -125,7 +126,7 @@ class Allocate:
     def make(self, setting: Setting) -> nn.Module:
         from .allocated import allocated_plan
 
-        return setting.attach(allocated_plan(setting, self.budget))
+        return setting.attach(allocated_plan(setting, self.budget, self.by))
 
 
 @dataclass(frozen=True)
@@ -243,3 +244,5 @@ def _check(method: Method, text: str) -> None:
             raise SpecError(f"method {text!r}: `of` names a method with adapters.")
         if not 0 < method.keep <= 1:
             raise SpecError(f"method {text!r}: keep is a share above 0, at most 1.")
+    if isinstance(method, Allocate) and method.by not in ("gradient", "curvature"):
+        raise SpecError(f"method {text!r}: a plan before training is by gradient or curvature.")

@@ -1,6 +1,7 @@
 """train: one domain from a data source into a bank, with the linear probe as its yardstick."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ..bank.folder import UNFINISHED
 from ..core.adapters import Family
 from ..core.attach import attach, domain_of
 from ..core.cost import Cost, cost
-from ..core.plan import Where
+from ..core.plan import Plan, Where
 from ..data import Prepared, Preprocessing, Splits
 from ..errors import DataError
 from ..training.evaluate import Evaluation, evaluate
@@ -30,7 +31,7 @@ class Request:
     domain: str
     splits: Splits
     source: str
-    family: Family | None = None
+    family: Family | Plan | None = None
     where: Where | None = None
     recipe: Recipe = field(default_factory=Recipe)
     size_px: int | None = None
@@ -40,6 +41,17 @@ class Request:
     resume: bool = False
     replace: bool = False
     device: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # beside data and recipe
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A source's images, ready for a network; None where there is no such split."""
+
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    parts: dict[str, Prepared | None]
+    started: float  # of the monotonic clock
 
 
 @dataclass(frozen=True)
@@ -80,24 +92,36 @@ def train_domain(bank: Bank, request: Request, screen: Screen) -> Trained:
     Raises:
         OnetrunkError: of the room that refuses; the bank is then as it was.
     """
+    return train_ready(bank, request, prepare(bank, request, screen), screen)
+
+
+def prepare(bank: Bank, request: Request, screen: Screen) -> Ready:
+    """The request's images as its network will see them.
+
+    Raises:
+        DataError: where the images cannot be read.
+    """
     started = time.monotonic()
     splits = request.splits.with_validation()
     screen.say(f"{request.domain}: {_described(splits)}")
     preprocessing = _preprocessing(bank.backbone, request)
-    data = _prepared(splits, preprocessing, screen)
-    model = attach(
-        bank.backbone,
-        request.family,
-        splits.classes,
-        where=request.where,
-        preprocessing=preprocessing,
-        input_size=(preprocessing.channels, preprocessing.size_px, preprocessing.size_px),
-    )
+    return Ready(splits.classes, preprocessing, _prepared(splits, preprocessing, screen), started)
+
+
+def train_ready(
+    bank: Bank, request: Request, ready: Ready, screen: Screen, probed: nn.Module | None = None
+) -> Trained:
+    """`train_domain` over images that are ready; a linear probe that there is already is used.
+
+    Raises:
+        OnetrunkError: of the room that refuses; the bank is then as it was.
+    """
+    data = ready.parts
+    model = attached(bank.backbone, request.family, ready, request.where)
     _say_family(model, request, screen)
     scored_on = "test" if data["test"] is not None else "val"
-    probed = None
-    if request.probe:
-        probed = _probe(bank.backbone, data, splits.classes, preprocessing, request, screen)
+    if request.probe and probed is None:
+        probed = probe(bank.backbone, ready, request.device, screen)
     _fit(bank, model, data, request, screen)
     result = evaluate(model, data[scored_on])
     trained = Trained(
@@ -107,7 +131,7 @@ def train_domain(bank: Bank, request: Request, screen: Screen) -> Trained:
         None if probed is None else evaluate(probed, data[scored_on]).accuracy,
         cost(model),
         len(data["train"] or ()),
-        time.monotonic() - started,
+        time.monotonic() - ready.started,
     )
     _store(bank, request, trained)
     _say_result(trained, screen)
@@ -155,7 +179,7 @@ def _prepared(
 
 def _say_family(model: nn.Module, request: Request, screen: Screen) -> None:
     domain = domain_of(model)
-    chosen = "" if request.family else " (chosen for this backbone)"
+    chosen = "" if request.family is not None else " (chosen for this backbone)"
     px = domain.preprocessing.size_px if domain.preprocessing else 0
     flips = "" if domain.preprocessing and domain.preprocessing.hflip else ", no flips"
     screen.say(f"  {domain.family}{chosen} at {len(domain.plan)} sites; {px} px{flips}")
@@ -164,22 +188,31 @@ def _say_family(model: nn.Module, request: Request, screen: Screen) -> None:
         screen.say(f"  {len(domain.skipped)} layers without adapter, e.g. {name}: {reason}")
 
 
-def _probe(
-    backbone: nn.Module,
-    data: dict[str, Prepared | None],
-    classes: tuple[str, ...],
-    preprocessing: Preprocessing,
-    request: Request,
-    screen: Screen,
+def attached(
+    backbone: nn.Module, family: Family | Plan | None, ready: Ready, where: Where | None = None
 ) -> nn.Module:
+    """A fresh domain for these images."""
+    seen = ready.preprocessing
+    return attach(
+        backbone,
+        family,
+        ready.classes,
+        where=where,
+        preprocessing=seen,
+        input_size=(seen.channels, seen.size_px, seen.size_px),
+    )
+
+
+def probe(backbone: nn.Module, ready: Ready, device: str | None, screen: Screen) -> nn.Module:
+    """The linear probe on these images."""
     with screen.bar("linear probe") as show:
         return linear_probe(
             backbone,
-            data["train"],
-            data["val"],
-            classes,
-            preprocessing=preprocessing,
-            device=request.device,
+            ready.parts["train"],
+            ready.parts["val"],
+            ready.classes,
+            preprocessing=ready.preprocessing,
+            device=device,
             progress=show,
         )
 
@@ -222,6 +255,7 @@ def _store(bank: Bank, request: Request, trained: Trained) -> None:
         "data": request.source if ":" in request.source else Path(request.source).name,
         "recipe": str(request.recipe),
         "train_images": trained.n_images,
+        **request.provenance,
     }
     put = bank.replace if request.domain in bank.domains else bank.add
     model = trained.model.to(next(bank.backbone.parameters()).device)

@@ -1,0 +1,67 @@
+"""Pictures of values: figures drawn with matplotlib, for the command line and the reports."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from .errors import MissingExtraError
+
+EMPTY = "#f2f3f5"  # where nothing was spent
+RANGE = (0.001, 1.0)  # shares of a layer with a colour of their own
+
+
+def need_matplotlib(what: str) -> None:
+    """Refuses early what could not be drawn after hours of work.
+
+    Raises:
+        MissingExtraError: where matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise MissingExtraError(
+            f"{what} needs matplotlib, which is not installed: pip install onetrunk[report]"
+        ) from None
+
+
+def draw_site_map(
+    shares: Mapping[str, Mapping[str, float]],
+    path: Path,
+    title: str = "Adapter numbers, as a share of the layer's own",
+) -> None:
+    """A heat map, sites down and domains across; the colour is logarithmic, nothing spent is grey.
+
+    Args:
+        shares: domain -> site -> numbers spent relative to the layer's own, 0 for none. Sites stand
+            in the order of the first domain that has them.
+        path: the file to write; its ending says the format.
+
+    Raises:
+        MissingExtraError: where matplotlib is not installed.
+    """
+    need_matplotlib(f"the map {path}")
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    domains = list(shares)
+    sites = list(dict.fromkeys(site for spent in shares.values() for site in spent))
+    rows = [[shares[name].get(site, 0.0) or float("nan") for name in domains] for site in sites]
+    size = (3.6 + 0.42 * len(domains), 2.2 + 0.17 * len(sites))
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours = colormaps["viridis_r"].with_extremes(bad=EMPTY)
+    image = axes.imshow(rows, aspect="auto", cmap=colours, norm=LogNorm(*RANGE))
+    axes.set_xticks(range(len(domains)), domains, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(range(len(sites)), sites, fontsize=7)
+    axes.set_xticks([place - 0.5 for place in range(1, len(domains))], minor=True)
+    axes.set_yticks([place - 0.5 for place in range(1, len(sites))], minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.8)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.8, pad=0.02, extend="min")
+    bar.set_ticks([0.001, 0.01, 0.1, 1], labels=["0.1 %", "1 %", "10 %", "100 %"], fontsize=8)
+    bar.ax.minorticks_off()
+    figure.savefig(path, dpi=140)
