@@ -301,7 +301,7 @@ def _trunk(trunk: Trunk) -> tuple[nn.Module, str]:
     """The backbone and its fingerprint; laid out as convolutions on this machine like it."""
     module = build_backbone(trunk.form, weights=trunk.weights or None)
     print_of = fingerprint(module)
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.to(memory_format=torch.channels_last)
     return module, print_of
 
 

@@ -108,7 +108,7 @@ class Scratch:
                 f"scratch on {form}: a module of your own has no form to build it anew from. "
                 "Leave scratch out."
             )
-        fresh.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fresh.to(memory_format=torch.channels_last)
         return dataclasses.replace(setting, backbone=fresh).attach(Full())
 
 

@@ -67,7 +67,7 @@ def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) 
     started = time.monotonic()
     splits = load(request.data).with_validation()
     fresh = build_backbone(request.backbone, pretrained=False, weights=request.weights)
-    fresh.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fresh.to(memory_format=torch.channels_last)
     hflip = splits.hflip if request.flip is None else request.flip
     preprocessing = Preprocessing.for_backbone(
         fresh, size_px=request.size_px, hflip=True if hflip is None else hflip

@@ -5,7 +5,7 @@ very small". Norms and biases are left out: only the weights that mix channels a
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attach import domain_of, own_size
 from .merge import merge
@@ -34,8 +34,13 @@ def relative_change(model: nn.Module) -> dict[str, float]:
     merged = merge(model, fold_norms=False)
     changes = {}
     for site in trace(domain.backbone, own_size(domain), head).sites:
-        before = effective_weight(domain.backbone.get_submodule(site.name)).double()
-        after = effective_weight(merged.get_submodule(site.name)).double()
+        before, after = (_weight(network, site.name) for network in (domain.backbone, merged))
         size = before.norm().clamp_min(torch.finfo(torch.float64).tiny)
         changes[site.name] = float((after - before).norm() / size)
     return changes
+
+
+def _weight(network: nn.Module, site: str) -> Tensor:
+    layer = network.get_submodule(site)
+    assert isinstance(layer, nn.Conv2d | nn.Linear)  # what a site is
+    return effective_weight(layer).double()
