@@ -22,6 +22,8 @@ _WHERE = {
     "backbone": "backbones",
     "attach": "core.attach",
     "merge": "core.merge",
+    "compress": "core.compress",
+    "allocate": "core.allocate",
     "cost": "core.cost",
     "Where": "core.plan",
     "Series": "core.adapters",
@@ -68,7 +70,9 @@ if TYPE_CHECKING:
     from .core.adapters import Parallel as Parallel
     from .core.adapters import Series as Series
     from .core.adapters import read_family as read_family
+    from .core.allocate import allocate as allocate
     from .core.attach import attach as attach
+    from .core.compress import compress as compress
     from .core.cost import cost as cost
     from .core.merge import merge as merge
     from .core.plan import Where as Where

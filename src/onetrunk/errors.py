@@ -25,6 +25,10 @@ class MergeError(OnetrunkError):
     """A domain that does not merge exactly into an ordinary network."""
 
 
+class CompressError(OnetrunkError):
+    """Domains that cannot be compressed together, or not as far as asked."""
+
+
 class DataError(OnetrunkError):
     """A data source that is missing, empty, damaged or inconsistent."""
 

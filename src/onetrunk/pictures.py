@@ -1,6 +1,6 @@
 """Pictures of values: figures drawn with matplotlib, for the command line and the reports."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .errors import MissingExtraError
@@ -65,3 +65,49 @@ def draw_site_map(
     bar.set_ticks([0.001, 0.01, 0.1, 1], labels=["0.1 %", "1 %", "10 %", "100 %"], fontsize=8)
     bar.ax.minorticks_off()
     figure.savefig(path, dpi=140)
+
+
+def draw_accuracy_against_size(
+    curve: Sequence[tuple[float, float]],
+    stored: tuple[float, float],
+    original: float,
+    path: Path,
+) -> None:
+    """Mean accuracy against the share of the adapters' numbers that is kept.
+
+    Args:
+        curve: (share kept, accuracy) of compressions that were not tuned.
+        stored: the same of what was stored, tuned or not.
+        original: accuracy of the domains as they were.
+        path: the file to write; its ending says the format.
+
+    Raises:
+        MissingExtraError: where matplotlib is not installed.
+    """
+    need_matplotlib(f"the picture {path}")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.axhline(100 * original, color="#5b6472", linewidth=1, linestyle="--")
+    axes.annotate(
+        "as they were", (0.01, 100 * original), xycoords=("axes fraction", "data"),
+        xytext=(0, 4), textcoords="offset points", fontsize=8, color="#5b6472",
+    )  # fmt: skip
+    shares, accuracies = zip(*sorted(curve), strict=True) if curve else ((), ())
+    axes.plot(
+        [100 * x for x in shares], [100 * y for y in accuracies], "o-", color="#1f6f8b",
+        label="compressed, not tuned",
+    )  # fmt: skip
+    axes.plot(
+        [100 * stored[0]], [100 * stored[1]], "D", color="#e08e45", markersize=9, label="stored"
+    )
+    axes.set(
+        xlabel="adapter numbers kept, %, the shared basis counted once",
+        ylabel="mean validation accuracy, %", xlim=(0, 105),
+    )  # fmt: skip
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)

@@ -1,4 +1,4 @@
-"""pretrain as a user types it: a file that `new` takes, a stop that goes on, nothing overwritten."""
+"""pretrain as a user types it: a file for `new`, a stop that goes on, nothing overwritten."""
 
 import json
 

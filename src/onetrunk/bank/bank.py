@@ -10,6 +10,7 @@ the domain's own bytes, however many domains there are.
 """
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,18 @@ from ..backbones import backbone as build_backbone
 from ..backbones import fingerprint
 from ..backbones.written_form import build_empty, load_tensors, read_form, written_form
 from ..core.attach import Domain, delta, domain_of
+from ..core.basis import Basis
+from ..core.compress import standalone
 from ..core.tree import copy_tree, frozen_pairs, storage_key
 from ..errors import BankError, DamagedError, OnetrunkError
 from ..files import PathLike, read_checked, reason, write_atomically
 from ..tensorfile import fingerprint_of, pack, unpack
-from .card import FORMAT, Blueprint, light, read_blueprint, read_light, write_card
+from .basisfile import read_basis, write_basis
+from .card import WITHOUT_BASIS, Blueprint, light, read_blueprint, read_light, write_card
 from .card import Card as Card
 from .manifest import Entry, Manifest
 from .names import check_name
-from .store import Store
+from .store import Contents, Store
 
 # What timm would read files or addresses from, or build another kind of network with.
 _UNSAFE_OPTIONS = ("checkpoint_path", "cache_dir", "features_only")
@@ -98,6 +102,8 @@ class Bank:
         self._lock = threading.Lock()
         self._home = None if backbone is None else _Checked.of(backbone)
         self._copies: dict[torch.device, _Checked] = {}
+        self._bases: weakref.WeakValueDictionary[tuple[str, torch.device], Basis]
+        self._bases = weakref.WeakValueDictionary()  # as long as a network lies over one
 
     @classmethod
     def create(
@@ -121,7 +127,9 @@ class Bank:
             _refuse_reference(form, found, known=isinstance(backbone, str))
         described = {"spec": form, "fingerprint": found}
         blob = (
-            None if by_reference else pack(module.state_dict(), {"backbone": FORMAT, **described})
+            None
+            if by_reference
+            else pack(module.state_dict(), {"backbone": WITHOUT_BASIS, **described})
         )
         return cls(Store.create(path, described, blob), module)
 
@@ -170,6 +178,16 @@ class Bank:
         return str(self._store.manifest.backbone["fingerprint"])
 
     @property
+    def by_reference(self) -> bool:
+        """Whether the backbone's weights are kept by name only."""
+        return self._store.manifest.backbone["blob"] is None
+
+    @property
+    def basis_bytes(self) -> int:
+        """Bytes of the bases that compressed domains share, each counted once."""
+        return sum(self._store.manifest.shared.values())
+
+    @property
     def backbone(self) -> nn.Module:
         """The backbone; built in eval mode and checked when first asked for, then kept.
 
@@ -193,6 +211,8 @@ class Bank:
     ) -> None:
         """Stores a domain's network under a new name. Only what is the domain's own is written.
 
+        The basis of compressed domains goes in with the first of them, once.
+
         Args:
             metrics: figures to keep with it, e.g. {"test_accuracy": 0.94}; plain JSON values, or
                 numpy's and torch's single numbers.
@@ -204,8 +224,8 @@ class Bank:
                 or a failing disk; the bank is then as it was.
             AttachError: where `model` is no domain's network.
         """
-        card, blob = self._packed(name, model, metrics, provenance)
-        self._store.add(name, light(card), blob)
+        card, blob, shared = self._packed(name, model, metrics, provenance)
+        self._store.add(name, light(card), blob, shared)
 
     def replace(
         self,
@@ -216,8 +236,8 @@ class Bank:
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         """Stores a domain's network in the place of another; raises as `add` does."""
-        card, blob = self._packed(name, model, metrics, provenance)
-        self._store.replace(name, light(card), blob)
+        card, blob, shared = self._packed(name, model, metrics, provenance)
+        self._store.replace(name, light(card), blob, shared)
 
     def rename(self, old: str, new: str) -> None:
         """Calls a domain by another name. Raises BankError where it is taken or none."""
@@ -230,8 +250,8 @@ class Bank:
     def load(self, name: str, *, device: str | torch.device | None = None) -> nn.Module:
         """The network of a domain, in eval mode, over this bank's backbone; bit for bit as added.
 
-        Networks loaded from one Bank share the backbone's memory, once per device. The backbone
-        itself stays where it is.
+        Networks loaded from one Bank share the backbone's memory, once per device, and compressed
+        ones that of their basis. The backbone itself stays where it is.
 
         Args:
             device: where the network is to be; by default where the backbone is.
@@ -240,10 +260,13 @@ class Bank:
             BankError: where there is no such domain or device.
             DamagedError: where its file is not what was written, or does not fit the backbone.
         """
-        contents = self._store.read(name)
+        held = self._intact_bases()
+        contents = self._store.read(name, have={digest for digest, _ in held})
         origin = self._origin(name)
         tensors, blueprint = self._read(contents.entry, contents.blob, origin)
-        return _network(blueprint, tensors, self._backbone_on(device), origin)
+        backbone = self._backbone_on(device)
+        basis = self._basis_of(contents, blueprint, held, _place_of(backbone), origin)
+        return _network(blueprint, tensors, backbone, origin, basis)
 
     def verify(self) -> Verification:
         """Reads everything: every hash, every domain as a network, the backbone's fingerprint.
@@ -270,12 +293,18 @@ class Bank:
     def export_domain(self, name: str, path: PathLike) -> None:
         """Writes one domain as one safetensors file that checks itself.
 
+        A compressed domain is written without its basis, as an ordinary one that computes the same.
+
         Raises:
             BankError: where there is no such domain, or the file cannot be written.
         """
-        contents = self._store.read(name)
+        blob = self._store.read(name).blob
+        if name in self.domains and self._store.manifest.domains[name].shared:
+            card = self.domains[name]
+            alone = standalone(self.load(name))
+            _, blob, _ = self._packed(name, alone, card.metrics, card.provenance)
         try:
-            write_atomically(plain_path(path), contents.blob)
+            write_atomically(plain_path(path), blob)
         except OSError as error:
             raise BankError(f"{path} cannot be written: {reason(error)}") from error
 
@@ -294,6 +323,11 @@ class Bank:
         tensors, card = unpack(blob, str(path))
         blueprint = read_blueprint(card, str(path))
         self._check_fingerprint(blueprint.fingerprint, f"the domain in {path}")
+        if blueprint.basis is not None:
+            raise BankError(
+                f"{path} lies over a basis that it does not hold. Write it with export_domain, "
+                "which takes the basis in."
+            )
         _network(blueprint, tensors, self.backbone, str(path))
         self._store.add(name, light(card), blob)
 
@@ -342,11 +376,15 @@ class Bank:
         model: nn.Module,
         metrics: Mapping[str, Any] | None,
         provenance: Mapping[str, Any] | None,
-    ) -> tuple[dict[str, Any], bytes]:
+    ) -> tuple[dict[str, Any], bytes, list[bytes]]:
+        """A domain's card, its own file's bytes, and those of its basis where it has one."""
         check_name(name)
         domain = domain_of(model)
         self._check_fingerprint(fingerprint(domain.backbone), f"domain {name!r}")
         _refuse_changed(name, model, domain)
+        if domain.basis is not None:
+            self._check_fingerprint(domain.basis.backbone, f"the basis of domain {name!r}")
+            _refuse_changed_basis(name, model, domain, domain.basis)
         tensors = delta(model)
         if (bad := _non_finite(tensors)) is not None:
             raise BankError(
@@ -356,13 +394,56 @@ class Bank:
         backbone = {"spec": self.backbone_form, "fingerprint": self.backbone_fingerprint}
         what = f"the card of domain {name!r}"
         card = write_card(domain, tensors, backbone, metrics, provenance, what)
-        twin = read_blueprint(card, what).build(domain.backbone)
+        twin = read_blueprint(card, what).build(domain.backbone, domain.basis)
         if differences := _differences(delta(twin), tensors):
             raise BankError(
                 f"domain {name!r}: its network was altered after attach, and the bank could not "
                 f"build it again (- expected, + found):\n{differences}"
             )
-        return card, pack(tensors, card)
+        return (
+            card,
+            pack(tensors, card),
+            [] if domain.basis is None else [write_basis(domain.basis)],
+        )
+
+    def _intact_bases(self) -> dict[tuple[str, torch.device], Basis]:
+        """The bases in memory that nobody has written to: another is read again."""
+        return {k: b for k, b in list(self._bases.items()) if b.taken_now() == b.fingerprint}
+
+    def _basis_of(
+        self,
+        contents: Contents,
+        blueprint: Blueprint,
+        held: Mapping[tuple[str, torch.device], Basis],
+        place: torch.device,
+        origin: str,
+        *,
+        trusted: bool = True,
+    ) -> Basis | None:
+        """The basis that a domain lies over, from memory or from its blob."""
+        digests = contents.entry.shared
+        if (blueprint.basis is None) != (not digests) or len(digests) > 1:
+            raise DamagedError(
+                f"{origin}: its file and the manifest disagree about its basis. "
+                "Restore the bank from a copy, or replace the domain."
+            )
+        if blueprint.basis is None:
+            return None
+        known = {device: basis for (digest, device), basis in held.items() if digest == digests[0]}
+        basis = known.get(place) or next(iter(known.values()), None)
+        if basis is None:
+            what = f"the basis of {origin}"
+            basis = read_basis(contents.shared[digests[0]], what, trusted=trusted)
+        self._check_fingerprint(basis.backbone, f"the basis of {origin}")
+        if basis.fingerprint != blueprint.basis:
+            raise DamagedError(
+                f"{origin}: it lies over basis {blueprint.basis[:12]}..., and the bank has "
+                f"{basis.fingerprint[:12]}... for it. Restore the bank from a copy."
+            )
+        if place not in known:
+            basis = basis.on(place)
+        self._bases[digests[0], place] = basis
+        return basis
 
     def _read(self, entry: Entry, blob: bytes, origin: str) -> tuple[dict[str, Tensor], Blueprint]:
         """The numbers and the blueprint of a blob whose hash the store has checked."""
@@ -454,8 +535,10 @@ class Bank:
             origin = self._origin(name)
             unpack(contents.blob, origin)
             tensors, blueprint = self._read(contents.entry, contents.blob, origin)
+            place = torch.device("cpu") if backbone is None else _place_of(backbone)
+            basis = self._basis_of(contents, blueprint, {}, place, origin, trusted=False)
             if backbone is not None:
-                _network(blueprint, tensors, backbone, origin)
+                _network(blueprint, tensors, backbone, origin, basis)
         except KeyError:
             return []  # removed since
         except Exception as error:  # a report leaves nothing out
@@ -484,12 +567,16 @@ def _stamp(module: nn.Module) -> tuple[object, ...]:
 
 
 def _network(
-    blueprint: Blueprint, tensors: Mapping[str, Tensor], backbone: nn.Module, origin: str
+    blueprint: Blueprint,
+    tensors: Mapping[str, Tensor],
+    backbone: nn.Module,
+    origin: str,
+    basis: Basis | None = None,
 ) -> nn.Module:
     """The domain's network, in eval mode, filled with its own numbers."""
     try:
         blueprint.refuse_unborne(tensors, backbone)
-        model = blueprint.build(backbone)
+        model = blueprint.build(backbone, basis)
     except Exception as error:  # whatever a hostile card brings about
         raise DamagedError(
             f"{origin}: no network can be built from its card ({_told(error)}). "
@@ -551,6 +638,27 @@ def _refuse_changed(name: str, model: nn.Module, domain: Domain) -> None:
                 f"{types}, and a bank stores only what is the domain's own. Train with fit, or "
                 "attach Full() to train everything."
             )
+
+
+def _refuse_changed_basis(name: str, model: nn.Module, domain: Domain, basis: Basis) -> None:
+    """Refuses a network whose basis is not, bit for bit, the value that it was attached to."""
+    state = model.state_dict()
+    held = {
+        f"{site}.adapter.{key}": tensor
+        for site, factors in basis.factors.items()
+        for key, tensor in factors.items()
+    }
+    moved = [key for key in sorted(domain.shared) if not _same_bits(state[key], held[key])]
+    if moved or basis.taken_now() != basis.fingerprint:
+        raise BankError(
+            f"domain {name!r}: its basis has been trained or written to since it was made"
+            f"{f' ({moved[0]})' if moved else ''}, and other domains lie over it. Add what "
+            "with_frozen_basis(models) gives."
+        )
+
+
+def _place_of(backbone: nn.Module) -> torch.device:
+    return next((t.device for t in backbone.state_dict().values()), torch.device("cpu"))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from .. import __version__
 from ..core.adapters import Family, read_family
 from ..core.attach import Domain, Scope, build
+from ..core.basis import Basis
 from ..data import Preprocessing
 from ..errors import BankError, DamagedError
 from .manifest import plain_card
 
-FORMAT = 1
+FORMAT = 2  # the newest that is read; a domain without a basis is still written as the first
+WITHOUT_BASIS, WITH_BASIS = 1, 2
 LIGHT = ("family", "classes", "preprocessing", "metrics", "provenance", "numbers")
 REST = ("domain", "backbone", "scope", "plan", "skipped", "head", "head_features", "input_size")
 KEYS = {*LIGHT, *REST}
@@ -72,8 +74,9 @@ class Blueprint:
     preprocessing: Preprocessing | None
     input_size: tuple[int, int, int] | None
     numbers: int
+    basis: str | None = None  # fingerprint of what its adapters share with other domains'
 
-    def build(self, backbone: nn.Module) -> nn.Module:
+    def build(self, backbone: nn.Module, basis: Basis | None = None) -> nn.Module:
         """The network over `backbone`, its own numbers still those of a fresh domain."""
         return build(
             backbone,
@@ -86,6 +89,7 @@ class Blueprint:
             head_features=self.head_features,
             preprocessing=self.preprocessing,
             input_size=self.input_size,
+            basis=basis,
         )
 
     def refuse_unborne(self, tensors: Mapping[str, Tensor], backbone: nn.Module) -> None:
@@ -117,17 +121,14 @@ def write_card(
     Raises:
         BankError: where metrics or provenance are not plain JSON values.
     """
-    plan: dict[str, list[str]] = {}
-    for site, family in domain.plan.items():
-        plan.setdefault(str(family), []).append(site)
     preprocessing = domain.preprocessing
     versions = {"onetrunk": __version__, "torch": str(torch.__version__)}
-    card = {
-        "domain": FORMAT,
+    card: dict[str, Any] = {
+        "domain": WITHOUT_BASIS if domain.basis is None else WITH_BASIS,
         "backbone": dict(backbone),
         "family": domain.family,
         "scope": domain.scope,
-        "plan": plan,
+        "plan": write_plan(domain.plan),
         "skipped": dict(domain.skipped),
         "classes": list(domain.classes),
         "head": list(domain.head),
@@ -136,12 +137,22 @@ def write_card(
         "input_size": None if domain.input_size is None else list(domain.input_size),
         "numbers": sum(tensor.numel() for tensor in tensors.values()),
     }
+    if domain.basis is not None:
+        card["basis"] = domain.basis.fingerprint
     try:
         card["metrics"] = _without_scalars(metrics or {})
         card["provenance"] = _without_scalars({**versions, **(provenance or {})})
     except RecursionError:
         raise BankError(f"{what} holds a value that holds itself. Flatten it.") from None
     return plain_card(card, what)
+
+
+def write_plan(plan: Mapping[str, Family]) -> dict[str, list[str]]:
+    """A plan as a card has it: family's written form -> sites."""
+    sites: dict[str, list[str]] = {}
+    for site, family in plan.items():
+        sites.setdefault(str(family), []).append(site)
+    return sites
 
 
 def light(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,8 +203,10 @@ def read_blueprint(card: dict[str, Any], origin: str) -> Blueprint:
 
 
 def _blueprint(card: Mapping[str, Any]) -> Blueprint:
-    _require(card.get("domain") == FORMAT, "domain", f"format {FORMAT}")
-    _require(card.keys() == KEYS, "its keys", ", ".join(sorted(KEYS)))
+    with_basis = card.get("domain") == WITH_BASIS
+    _require(with_basis or card.get("domain") == WITHOUT_BASIS, "domain", "format 1 or 2")
+    keys = KEYS | ({"basis"} if with_basis else set())
+    _require(card.keys() == keys, "its keys", ", ".join(sorted(keys)))
     scope = _text(card, "scope")
     _require(scope in get_args(Scope), "scope", " or ".join(get_args(Scope)))
     for key in ("metrics", "provenance"):
@@ -204,7 +217,7 @@ def _blueprint(card: Mapping[str, Any]) -> Blueprint:
         fingerprint=_text(_object(card, "backbone"), "fingerprint"),
         scope=cast(Scope, scope),
         family=_text(card, "family"),
-        plan=_plan(_object(card, "plan")),
+        plan=read_plan(_object(card, "plan")),
         skipped=skipped,
         classes=_classes(card),
         head=_texts(card, "head"),
@@ -212,6 +225,7 @@ def _blueprint(card: Mapping[str, Any]) -> Blueprint:
         preprocessing=_preprocessing(card),
         input_size=_input_size(card),
         numbers=_count(card, "numbers"),
+        basis=_text(card, "basis") if with_basis else None,
     )
 
 
@@ -226,7 +240,8 @@ def _input_size(card: Mapping[str, Any]) -> tuple[int, int, int] | None:
     return found[0], found[1], found[2]
 
 
-def _plan(found: Mapping[str, Any]) -> dict[str, Family]:
+def read_plan(found: Mapping[str, Any]) -> dict[str, Family]:
+    """A plan from its card (ValueError where it is none)."""
     plan: dict[str, Family] = {}
     for text in found:
         _require(len(text) <= MAX_FAMILY_LETTERS, "plan", "of families with short names")

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import BankError, OnetrunkError
+from .benchmarking import benchmark
 from .console import Screen, percent, size
 
 if TYPE_CHECKING:
     from ..bank.bank import Bank, Card
-    from ..core.plan import Where
+    from ..core.adapters import Family
+    from ..core.plan import Plan, Where
+    from ..training.recipe import Recipe
 
 app = typer.Typer(
     name="onetrunk",
@@ -26,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(benchmark)
 
 CTRL_C = 130  # what the parser returns instead of raising KeyboardInterrupt
 
@@ -77,6 +82,60 @@ def quickstart(
 
 
 @app.command()
+def pretrain(
+    backbone: Annotated[
+        str, typer.Argument(metavar="BACKBONE", help="resnet26(width=0.5), timm:NAME ...")
+    ],
+    data: Source,
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="FAMILY", help="In place while the weights are trained: series."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Start from this safetensors file, not at random.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="As for train.")] = "pretrain",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    size_px: Annotated[
+        int | None, typer.Option("--size", min=8, help="Side of the images in pixels.")
+    ] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option("--flip/--no-flip", help="Whether mirrored images keep the label."),
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store float16.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a backbone itself; on several GPUs or processes with torchrun -m onetrunk pretrain.
+
+    Example: onetrunk pretrain "resnet26(width=0.5)" --data photos --out trunk.safetensors
+    """
+    from ..core.adapters import read_family
+    from .pretraining import Request
+    from .pretraining import pretrain as run
+
+    screen = Screen(as_json)
+    request = Request(
+        backbone=backbone,
+        data=data,
+        out=out,
+        recipe=_recipe(recipe, epochs, seed),
+        adapter=None if adapter is None else read_family(adapter),
+        weights=weights,
+        size_px=size_px,
+        flip=flip,
+        half=half,
+        resume=resume,
+        device=device,
+    )
+    screen.finish(run(request, screen))
+
+
+@app.command()
 def new(
     bank: BankPath,
     backbone: Annotated[
@@ -106,8 +165,11 @@ def new(
         )
     made = Bank.create(bank, build_backbone(backbone, weights=weights), by_reference=by_reference)
     screen.say(f"{bank}: {made.backbone_form}, fingerprint {made.backbone_fingerprint[:12]}")
-    if made.backbone_form.startswith("resnet26") and weights is None:
-        screen.warn("resnet26 has no packaged weights yet: this backbone is untrained.")
+    if made.backbone_form.startswith("resnet26") and not _trained(backbone, weights):
+        screen.warn(
+            "only resnet26(width=0.5) comes with weights: this backbone is untrained. Give "
+            "--weights FILE, or make one with onetrunk pretrain."
+        )
     screen.finish(
         {
             "bank": str(bank),
@@ -134,6 +196,15 @@ def train(
     convs: Annotated[str, typer.Option(help="both, first or second of a block.")] = "both",
     layers: Annotated[str, typer.Option(help="auto, spatial, pointwise or all.")] = "auto",
     pattern: Annotated[str, typer.Option(help="A glob on layer names.")] = "*",
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help='Layer by layer: of allocate, or {"layer or glob": "family"}.'
+        ),
+    ] = None,
+    plan_of: Annotated[
+        str | None, typer.Option(metavar="DOMAIN", help="The plan of a domain of this bank.")
+    ] = None,
     recipe: Annotated[
         str, typer.Option(help="default, paper, released, or one with fields: default(lr=0.001).")
     ] = "default",
@@ -164,34 +235,18 @@ def train(
 
     Example: onetrunk train garden.bank flowers --data photos/flowers --adapter "lowrank(rank=8)"
     """
-    import dataclasses
-
-    from ..bank.names import check_name
-    from ..core.adapters import read_family
     from ..data import load
-    from ..training.recipe import read_recipe
     from .training import Request, train_domain
 
     screen = Screen(as_json)
-    check_name(domain)
-    opened = _open(bank)
-    if domain in opened.domains and not replace:
-        raise BankError(
-            f"bank {bank} has a domain {domain!r} already. Use --replace to train it anew, or "
-            "another name."
-        )
-    asked = read_recipe(recipe)
-    if epochs is not None:
-        asked = dataclasses.replace(asked, epochs=epochs)
-    if seed is not None:
-        asked = dataclasses.replace(asked, seed=seed)
+    opened = _open_for(bank, domain, replace)
     request = Request(
         domain=domain,
         splits=load(data, split_fractions=_fractions(split)),
         source=data,
-        family=None if adapter is None else read_family(adapter),
+        family=_family(opened, adapter, plan, plan_of),
         where=_where(stages, convs, layers, pattern),
-        recipe=asked,
+        recipe=_recipe(recipe, epochs, seed),
         size_px=size_px,
         hflip=flip,
         squash=squash,
@@ -201,6 +256,78 @@ def train(
         device=device,
     )
     screen.finish({"domain": domain, **train_domain(opened, request, screen).to_json()})
+
+
+@app.command()
+def allocate(
+    bank: BankPath,
+    domain: Domain,
+    data: Source,
+    budget: Annotated[
+        str,
+        typer.Option(help="For the adapters: 2% of the backbone, 150kB, or 40000 numbers."),
+    ],
+    by: Annotated[
+        str,
+        typer.Option(help="What is measured: gradient, curvature, or trained (takes a training)."),
+    ] = "curvature",
+    stages: Annotated[str, typer.Option(help="Any of early,mid,late.")] = "early,mid,late",
+    layers: Annotated[str, typer.Option(help="all, auto, spatial or pointwise.")] = "all",
+    pattern: Annotated[str, typer.Option(help="A glob on layer names.")] = "*",
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Train nothing.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the plan, for train --plan.")
+    ] = None,
+    map_file: Annotated[
+        Path | None,
+        typer.Option("--map", metavar="FILE", help="Draw layers by domains, of the whole bank."),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="As for train.")] = "default",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    size_px: Annotated[
+        int | None, typer.Option("--size", min=8, help="Side of the images in pixels.")
+    ] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option("--flip/--no-flip", help="Whether mirrored images keep the label."),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Shares for train,val,test where the source is not split.")
+    ] = "0.7,0.15,0.15",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Over a domain of that name.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Spend a budget of adapter numbers where a domain needs them, and train it so.
+
+    Example: onetrunk allocate garden.bank flowers --data photos/flowers --budget 2%
+    """
+    from ..data import load
+    from .allocating import Wish, run
+    from .training import Request
+
+    if by not in ("gradient", "curvature", "trained"):
+        raise typer.BadParameter(
+            f"{by!r} is none of gradient, curvature, trained", param_hint="--by"
+        )
+    screen = Screen(as_json)
+    opened = _open_for(bank, domain, replace or plan_only)
+    request = Request(
+        domain=domain,
+        splits=load(data, split_fractions=_fractions(split)),
+        source=data,
+        where=_where(stages, "both", layers, pattern),
+        recipe=_recipe(recipe, epochs, seed),
+        size_px=size_px,
+        hflip=flip,
+        resume=resume,
+        replace=replace,
+        device=device,
+    )
+    wish = Wish(budget, by, plan_only, out, map_file)  # type: ignore[arg-type]
+    screen.finish(run(opened, request, wish, screen))
 
 
 @app.command()
@@ -289,6 +416,8 @@ def list_domains(bank: BankPath, as_json: AsJson = False) -> None:
     rows = [
         (c.name, str(len(c.classes)), c.family, size(c.size), _accuracy(c.metrics)) for c in cards
     ]
+    if opened.basis_bytes:
+        rows.append(("basis, shared", "", "", size(opened.basis_bytes), ""))
     if rows:
         screen.table(("domain", "classes", "family", "size", "accuracy"), rows)
     screen.finish(
@@ -296,6 +425,7 @@ def list_domains(bank: BankPath, as_json: AsJson = False) -> None:
             "bank": str(bank),
             "backbone": opened.backbone_form,
             "fingerprint": opened.backbone_fingerprint,
+            "basis_bytes": opened.basis_bytes,
             "domains": {card.name: _card_json(card) for card in cards},
         }
     )
@@ -387,6 +517,59 @@ def remove(
 
 
 @app.command()
+def compress(
+    bank: BankPath,
+    out: Annotated[Path, typer.Option(help="The folder of the new bank.")],
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the adapters' numbers to keep, e.g. 0.5.")
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="Instead: accuracy a domain may lose on validation images, e.g. 0.01."),
+    ] = None,
+    share: Annotated[
+        str, typer.Option(help="The side that domains share: output, input or both.")
+    ] = "output",
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="The same share of ranks at every layer (the paper).")
+    ] = False,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DOMAIN=SOURCE", help="Tune this domain's factors. Again for more."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DOMAIN=SOURCE", help="Only measure this domain. Again for more."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Of the tuning.")] = 8,
+    picture: Annotated[
+        bool, typer.Option("--picture/--no-picture", help="Draw accuracy against size.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Factor all domains' adapters over one shared basis, into a new bank.
+
+    Example: onetrunk compress garden.bank --keep 0.5 --tune flowers=photos/flowers --out half.bank
+    """
+    from .compressing import Request, read_pairs, run
+
+    tuned, measured = read_pairs(tune or [], "--tune"), read_pairs(data or [], "--data")
+    request = Request(
+        bank=_open(bank),
+        out=out,
+        keep=keep,
+        max_loss=max_loss,
+        uniform=uniform,
+        share=share,  # type: ignore[arg-type]
+        data={**measured, **tuned},
+        tune=frozenset(tuned),
+        epochs=epochs,
+        picture=picture,
+    )
+    run(request, Screen(as_json))
+
+
+@app.command()
 def export(
     bank: BankPath,
     domain: Domain,
@@ -413,10 +596,62 @@ def export(
     screen.finish({"domain": domain, **report})
 
 
+def _trained(form: str, weights: Path | None) -> bool:
+    from ..backbones import packaged
+    from ..backbones.written_form import read_form
+
+    read = read_form(form)
+    return weights is not None or packaged.holds(read.source, read.name, read.options)
+
+
 def _open(path: Path) -> "Bank":
     from ..bank.bank import Bank
 
     return Bank.open(path)
+
+
+def _open_for(path: Path, domain: str, replace: bool) -> "Bank":
+    """The bank, where it can take a domain of that name."""
+    from ..bank.names import check_name
+
+    check_name(domain)
+    opened = _open(path)
+    if domain in opened.domains and not replace:
+        raise BankError(
+            f"bank {path} has a domain {domain!r} already. Use --replace to train it anew, or "
+            "another name."
+        )
+    return opened
+
+
+def _family(
+    bank: "Bank", adapter: str | None, plan: Path | None, plan_of: str | None
+) -> "Family | Plan | None":
+    """What is attached: a family, the plan of a file or of another domain, or the default."""
+    from ..core.adapters import read_family
+
+    if sum(given is not None for given in (adapter, plan, plan_of)) > 1:
+        raise typer.BadParameter("--adapter, --plan and --plan-of exclude each other")
+    if adapter is not None:
+        return read_family(adapter)
+    if plan is None and plan_of is None:
+        return None
+    from . import allocating
+
+    if plan is not None:
+        return allocating.read_plan(plan, bank.backbone)
+    return allocating.plan_of(bank, str(plan_of))
+
+
+def _recipe(text: str, epochs: int | None, seed: int | None) -> "Recipe":
+    """The written recipe, with the two fields that have options of their own."""
+    import dataclasses
+
+    from ..training.recipe import read_recipe
+
+    given = {"epochs": epochs, "seed": seed}
+    changed = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(read_recipe(text), **changed)  # type: ignore[arg-type]
 
 
 def _where(stages: str, convs: str, layers: str, pattern: str) -> "Where | None":

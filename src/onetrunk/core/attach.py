@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..data.preprocessing import Preprocessing
 from ..errors import AttachError, BackboneError, DataError
-from .adapters import Adapter, Family, Full, Norm
+from ..tensorfile import fingerprint_of
+from .adapters import Adapter, Family, Full, LowRank, Norm, Shared
+from .basis import Basis
 from .plan import Plan, Where, default_family, place
 from .sites import Site, Tap, site_of
 from .trace import Size, Trace, timm_classifier, trace
@@ -32,6 +34,7 @@ from .tree import (
 )
 
 Scope = Literal["adapters", "head", "everything"]
+MAX_RANKS_LISTED = 3  # in the text that names a plan
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Domain:
         backbone: the backbone itself; the record never copies it.
         input_size: channels, rows, columns that the backbone is known to run at; None where only
             its own word counts.
+        basis: what the adapters share with those of other domains, where they were compressed.
+        shared: names in `state_dict()` that are the basis' tensors.
     """
 
     classes: tuple[str, ...]
@@ -66,6 +71,8 @@ class Domain:
     frozen: frozenset[str]
     backbone: nn.Module
     input_size: Size | None = None
+    basis: Basis | None = None
+    shared: frozenset[str] = frozenset()
 
     def __deepcopy__(self, memo: object) -> "Domain":
         return self  # a value: copies of the model share it
@@ -129,13 +136,15 @@ def _refuse_other_backbone(
     if not isinstance(domain, Domain):
         return
     own = model.state_dict()
-    for name in sorted(domain.frozen & {key.removeprefix(prefix) for key in state}):
+    given_names = {key.removeprefix(prefix) for key in state}
+    for name in sorted((domain.frozen | domain.shared) & given_names):
         given = state[prefix + name]
         if given.shape == own[name].shape and not torch.equal(given.to(own[name]), own[name]):
+            whose = "backbone" if name in domain.frozen else "basis"
             raise AttachError(
-                f"load_state_dict: {name!r} is the backbone's, which its domains share, and the "
+                f"load_state_dict: {name!r} is the {whose}'s, which its domains share, and the "
                 "given numbers differ from it: every domain would change. Load the domain's own "
-                "tensors only (strict=False), or attach to a backbone with those numbers."
+                f"tensors only (strict=False), or attach to a {whose} with those numbers."
             )
 
 
@@ -156,6 +165,7 @@ def attach(
     input_size: Size | None = None,
     head: str | None = None,
     seed: int = 0,
+    basis: Basis | None = None,
 ) -> nn.Module:
     """The network of one domain: `backbone`'s class and frozen tensors, the domain's own rest.
 
@@ -175,9 +185,12 @@ def attach(
             that images are prepared for; by default what the backbone says of itself.
         head: the classifier's module path, where it is not found by itself.
         seed: of the fresh head and adapters; the global generator is not touched.
+        basis: what compressed domains share, `compressed.basis` or `model.domain.basis`: the new
+            domain starts on it, as it is, in the place of `family` and `where`.
 
     Raises:
-        AttachError: for classes, options or placements that do not fit.
+        AttachError: for classes, options or placements that do not fit, and a basis that was made
+            over another backbone.
         BackboneError: where the backbone does not run or has no classifier to replace.
 
     >>> from torch import nn
@@ -192,6 +205,9 @@ def attach(
         raise AttachError(
             "this is a domain's network already; attach to its backbone: model.domain.backbone."
         )
+    if basis is not None:
+        _refuse_foreign_basis(backbone, basis, family, where)
+        family = basis.plan
     traced = trace(backbone, input_size, head)
     scope, text, plan, skipped = _resolve(family, where, traced)
     return build(
@@ -206,7 +222,24 @@ def attach(
         preprocessing=preprocessing or _default_preprocessing(backbone, traced.input_size),
         seed=seed,
         input_size=traced.input_size,
+        basis=basis,
     )
+
+
+def _refuse_foreign_basis(
+    backbone: nn.Module, basis: Basis, family: Family | Plan | None, where: Where | None
+) -> None:
+    if family is not None or where is not None:
+        raise AttachError(
+            "a basis says which adapters go where: leave `family` and `where` out, or the basis."
+        )
+    found = fingerprint_of(backbone.state_dict())
+    if found != basis.backbone:
+        raise AttachError(
+            f"the basis was made over backbone {basis.backbone[:12]}..., this is {found[:12]}...: "
+            "its directions would be meaningless here. Attach to the backbone of the domains that "
+            "the basis comes from."
+        )
 
 
 def _default_preprocessing(backbone: nn.Module, size: Size) -> Preprocessing | None:
@@ -258,7 +291,7 @@ def _resolve(
     if isinstance(family, Mapping):
         if where is not None:
             raise AttachError("a plan names its sites itself: leave `where` out.")
-        return "adapters", _plan_text(family), dict(family), traced.skipped
+        return "adapters", plan_text(family), dict(family), traced.skipped
     family = family or default_family(traced, where)
     if not isinstance(family, Family):
         raise AttachError(
@@ -274,8 +307,17 @@ def _resolve(
     return "adapters", str(family), plan, skipped
 
 
-def _plan_text(plan: Plan) -> str:
-    return " + ".join(sorted({str(family) for family in plan.values()})) or str(Norm())
+def plan_text(plan: Plan) -> str:
+    """The families of a plan; shared ones without their ranks, many ranks as one range."""
+    families = {
+        f"shared {family.of}, {family.share}" if isinstance(family, Shared) else str(family)
+        for family in plan.values()
+    }
+    ranks = {str(f): f.rank for f in plan.values() if type(f) is LowRank and f == LowRank(f.rank)}
+    if len(ranks) > MAX_RANKS_LISTED:
+        low, high = min(ranks.values()), max(ranks.values())
+        families = (families - ranks.keys()) | {f"lowrank(rank={low}..{high})"}
+    return " + ".join(sorted(families)) or str(Norm())
 
 
 def build(
@@ -291,12 +333,13 @@ def build(
     preprocessing: Preprocessing | None,
     seed: int = 0,
     input_size: Size | None = None,
+    basis: Basis | None = None,
 ) -> nn.Module:
     """The network that a plan describes, without running the backbone; `attach` after its dry run.
 
     Raises:
-        AttachError: where the plan names a layer that the backbone does not have, or a family
-            refuses one.
+        AttachError: where the plan names a layer that the backbone does not have, a family refuses
+            one, or the basis does not have what the plan shares.
         BackboneError: where there is no classifier to replace.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -305,16 +348,22 @@ def build(
     _unfreeze(model, scope, plan)
     shared = {storage_key(t) for t in _all_tensors(backbone)}
     _replace_head(model, head, head_features, len(classes), generator)
-    replace_modules(model, _adapted(model, plan, sites, generator))
+    replace_modules(model, _adapted(model, plan, sites, generator, basis))
     if scope == "head":
         _hold_norms(model, shared)
     state = model.state_dict(keep_vars=True)
     frozen = frozenset(name for name, t in state.items() if t.numel() and storage_key(t) in shared)
+    of_basis = frozenset(
+        f"{name}.adapter.{factor}"
+        for name, family in plan.items()
+        if isinstance(family, Shared)
+        for factor in family.factor_shapes(sites[name])
+    )
     for name in frozen:
         state[name].requires_grad_(False)  # timm's reset_classifier wakes some: EfficientViM's
     model.domain = Domain(  # type: ignore[assignment]
         classes, family, scope, dict(plan), dict(skipped), head, head_features, preprocessing,
-        frozen, backbone, input_size,
+        frozen, backbone, input_size, basis, of_basis,
     )  # fmt: skip
     if hasattr(model, "reset_classifier"):
         model.reset_classifier = _RESET  # type: ignore[assignment]
@@ -333,11 +382,20 @@ def unmark(model: nn.Module) -> None:
 
 
 def _adapted(
-    model: nn.Module, plan: Plan, sites: Mapping[str, Site], generator: Generator
+    model: nn.Module,
+    plan: Plan,
+    sites: Mapping[str, Site],
+    generator: Generator,
+    basis: Basis | None,
 ) -> dict[str, nn.Module]:
     adapted: dict[str, nn.Module] = {}
     for name, site in sites.items():
-        adapter = plan[name].build(site, generator)
+        family = plan[name]
+        adapter: Adapter | None
+        if isinstance(family, Shared) and basis is not None:
+            adapter = family.over(site, basis.factors.get(name, {}))
+        else:
+            adapter = family.build(site, generator)
         if adapter is not None:
             layer: Any = model.get_submodule(name)
             adapter.to(device=layer.weight.device, dtype=layer.weight.dtype)
@@ -482,11 +540,17 @@ def _start_head(module: nn.Module, like: Tensor, generator: Generator) -> None:
 
 def delta_names(model: nn.Module) -> list[str]:
     """The names in `state_dict()` that are the domain's own, in order."""
-    frozen = domain_of(model).frozen
-    return [name for name in model.state_dict() if name not in frozen]
+    return list(delta(model))
 
 
 def delta(model: nn.Module) -> dict[str, Tensor]:
     """The domain's own tensors by name, detached, not copied: what a bank stores."""
-    frozen = domain_of(model).frozen
-    return {name: t for name, t in model.state_dict().items() if name not in frozen}
+    domain = domain_of(model)
+    others = domain.frozen | domain.shared
+    return {name: t for name, t in model.state_dict().items() if name not in others}
+
+
+def trains_basis(model: nn.Module) -> bool:
+    """Whether the basis of a domain's network is trained with it."""
+    shared = domain_of(model).shared
+    return any(p.requires_grad for name, p in model.named_parameters() if name in shared)

@@ -41,6 +41,9 @@ class Cost:
         multiply_adds: what the adapters add an image before merging; 0 after.
         backbone_multiply_adds: of the backbone's adaptable layers an image.
         sites: the same site by site, in order of execution.
+        basis, basis_bytes: numbers and bytes that this domain shares with others over its basis;
+            they are stored once for all of them and are no part of the delta.
+        basis_share: the side or sides that are shared: `output`, `input`, `both`; else empty.
     """
 
     adapters: int
@@ -53,6 +56,9 @@ class Cost:
     multiply_adds: int
     backbone_multiply_adds: int
     sites: tuple[SiteCost, ...]
+    basis: int = 0
+    basis_bytes: int = 0
+    basis_share: str = ""
 
     @property
     def numbers(self) -> int:
@@ -79,6 +85,7 @@ class Cost:
             ("head", f"{self.head:,}", "", f"{self.head / self.backbone_numbers:.2%}"),
             ("weights", f"{self.weights:,}", "", f"{self.weights / self.backbone_numbers:.2%}"),
             ("this domain", f"{self.numbers:,}", f"{self.delta_bytes:,}", f"{self.share:.2%}"),
+            *self._basis_row(),
             ("backbone, shared", f"{self.backbone_numbers:,}", f"{full:,}", "100.00%"),
             (
                 "multiply-adds, unmerged",
@@ -88,6 +95,12 @@ class Cost:
             ),
         ]
         return "\n".join(f"{a:<24}{b:>14}{c:>14}{d:>26}" for a, b, c, d in rows)
+
+    def _basis_row(self) -> list[tuple[str, str, str, str]]:
+        if not self.basis:
+            return []
+        share = f"{self.basis / self.backbone_numbers:.2%}"
+        return [("basis, shared", f"{self.basis:,}", f"{self.basis_bytes:,}", share)]
 
 
 def cost(model: nn.Module, input_size: Size | None = None) -> Cost:
@@ -121,6 +134,7 @@ def cost(model: nn.Module, input_size: Size | None = None) -> Cost:
     counts = _numbers_by_holder(model)
     own = delta(model)
     backbone = domain.backbone.state_dict()
+    basis = domain.basis
     return Cost(
         **counts,
         delta_bytes=sum(t.numel() * t.element_size() for t in own.values()),
@@ -129,21 +143,26 @@ def cost(model: nn.Module, input_size: Size | None = None) -> Cost:
         multiply_adds=sum(site.multiply_adds for site in sites),
         backbone_multiply_adds=sum(site.multiply_adds for site in traced.values()),
         sites=sites,
+        basis=0 if basis is None else basis.numbers,
+        basis_bytes=0 if basis is None else basis.n_bytes,
+        basis_share="" if basis is None else basis.share,
     )
 
 
 def adapter_tensors(model: nn.Module, site: str) -> list[torch.Tensor]:
-    """The numbers of the adapter at one site; none where a family adds nothing there."""
+    """The numbers that act at one site, a shared basis' too; none where a family adds nothing."""
     module = model.get_submodule(site)
     return list(module.adapter.state_dict().values()) if isinstance(module, Adapted) else []
 
 
 def own_site_tensors(model: nn.Module, site: str) -> list[torch.Tensor]:
     """The domain's numbers at one site: its adapter's, else the layer's own where it is trained."""
-    adapter = adapter_tensors(model, site)
-    if adapter or isinstance(model.get_submodule(site), Adapted):
-        return adapter
-    return list(own_tensors(model.get_submodule(site)))
+    module = model.get_submodule(site)
+    if not isinstance(module, Adapted):
+        return list(own_tensors(module))
+    shared = domain_of(model).shared
+    held = module.adapter.state_dict().items()
+    return [tensor for name, tensor in held if f"{site}.adapter.{name}" not in shared]
 
 
 def _numbers_by_holder(model: nn.Module) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import nn
 
 import onetrunk as ot
 from onetrunk.bank.card import FORMAT
+from onetrunk.core.compress import compress
 from onetrunk.data import Preprocessing
 from onetrunk.tensorfile import pack
 
@@ -61,6 +62,20 @@ def shake(model, seed):
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
+def compressed(net):
+    """Pairs of domains over one basis each: every side shared, after parallel and series."""
+    for family in ("parallel", "series"):
+        for share in ("output", "input", "both"):
+            models = {
+                f"{family}-{share}-{k}": ot.attach(
+                    net, FAMILIES[family], ["daisy", "rose", "tulip"], input_size=SIZE, seed=k,
+                    preprocessing=Preprocessing(size_px=16),
+                )
+                for k in range(2)
+            }  # fmt: skip
+            yield from compress(models, rank_fraction=0.5, share=share).items()
+
+
 def main():
     torch.set_num_threads(1)
     folder = HERE / f"format-{FORMAT}"
@@ -77,11 +92,19 @@ def main():
                 preprocessing=Preprocessing(size_px=16),
             )  # fmt: skip
             shake(model, seed)
-            bank.add(name, model, metrics={"test_accuracy": 0.5}, provenance={"seed": seed})
-            with torch.no_grad():
-                expected[f"{label}.{name}"] = model.eval()(x_bchw)
+            _keep(bank, f"{label}.{name}", model, seed, expected)
+        for seed, (name, model) in enumerate(compressed(net) if label == "own" else ()):
+            shake(model, seed)
+            _keep(bank, f"{label}.{name}", model, seed, expected)
         (folder / label / "bank.lock").unlink()
     (folder / "expected.safetensors").write_bytes(pack(expected, {"golden": FORMAT}))
+
+
+def _keep(bank, label, model, seed, expected):
+    name = label.partition(".")[2]
+    bank.add(name, model, metrics={"test_accuracy": 0.5}, provenance={"seed": seed})
+    with torch.no_grad():
+        expected[label] = model.eval()(expected["input"])
 
 
 if __name__ == "__main__":

@@ -135,6 +135,8 @@ def change_by_layer(rows: Sequence[Row], looks: Mapping[str, Look]) -> bytes:
     of_method = grouped([row for row in rows if row.site_change], lambda row: row.method)
     names = [name for name in looks if name in of_method]
     every_site = merged_order([list(row.site_change or {}) for row in rows if row.site_change])
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     with _small_multiples(len(names), 2.9, 1.9, columns=3, sharey=True) as (canvas, all_axes):
         for name, axes in zip(names, all_axes, strict=True):
             sites, _, change_sd = change_of(of_method[name])
@@ -146,7 +148,9 @@ def change_by_layer(rows: Sequence[Row], looks: Mapping[str, Look]) -> bytes:
             axes.fill_between(places, low, high, color=colour, alpha=0.22, linewidth=0)
             axes.plot(places, middle, color=colour, linewidth=1.4, marker=".", markersize=4)
             axes.set(yscale="log", title=looks[name].label)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(PLAIN)
+            axes.yaxis.set_minor_formatter(NullFormatter())
             _stage_ticks(axes, every_site)
         canvas.figure.supylabel("size of the change, relative to the layer", fontsize=9)
         return canvas.png()

@@ -10,10 +10,13 @@ from .lowrank import LowRank as LowRank
 from .norm import Norm as Norm
 from .parallel import Parallel as Parallel
 from .series import Series as Series
+from .shared import Shared as Shared
 
 FAMILIES: dict[str, type[Family]] = {
     family.name: family for family in (Series, Parallel, LowRank, Channelwise, Norm, Full, Head)
 }
+# shared needs a basis: cards write it, nobody asks for it by name
+_READABLE: dict[str, type[Family]] = {**FAMILIES, Shared.name: Shared}
 
 
 def read_family(text: str) -> Family:
@@ -27,7 +30,7 @@ def read_family(text: str) -> Family:
         AttachError: where an option is out of its range.
     """
     name, fields = written.read(text, "adapter")
-    if name not in FAMILIES:
+    if name not in _READABLE:
         raise written.unknown("adapter family", name, FAMILIES)
-    family: Family = written.build(FAMILIES[name], fields, text, "adapter")
+    family: Family = written.build(_READABLE[name], fields, text, "adapter")
     return family

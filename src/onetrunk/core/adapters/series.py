@@ -52,32 +52,52 @@ class SeriesAdapter(Adapter):
     def __init__(self, site: Site, family: Series, generator: Generator) -> None:
         super().__init__()
         self.site = site
-        norm = nn.BatchNorm2d if site.kind == "conv" else nn.BatchNorm1d
-        self.norm: nn.modules.batchnorm._BatchNorm = norm(site.cout)
+        self.norm: nn.modules.batchnorm._BatchNorm = new_norm(site)
         a_oo = torch.zeros(site.cout, site.cout // site.groups)
         if family.init == "released":
             a_oo.normal_(0.0, (2 / site.cout) ** 0.5, generator=generator)
         self.a_oo = nn.Parameter(a_oo)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.site.kind == "conv":
-            return y + mix_channels(self.norm(y), self.a_oo, self.site)
-        normed = self.norm(y.reshape(-1, y.shape[-1])).view(y.shape)
-        return y + mix_channels(normed, self.a_oo, self.site)
+        return y + mix_channels(normed(self.norm, y, self.site), self.a_oo, self.site)
 
     def fold(
         self, weight_oikk: Tensor, bias_o: Tensor, tap: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        gain_o, shift_o = norm_gain_and_shift(self.norm, weight_oikk)
-        # A maps each output group onto itself: (g, p, o) with p = o = out channels of one group
-        a_gpo = self.a_oo.to(weight_oikk).unflatten(0, (self.site.groups, -1))
-        mix_gpo = a_gpo * gain_o.view(self.site.groups, 1, -1)
-        mix_gpo = mix_gpo + torch.eye(mix_gpo.shape[-1]).to(weight_oikk)
-        w_goi = weight_oikk.flatten(1).unflatten(0, (self.site.groups, -1))
-        merged_oikk = (mix_gpo @ w_goi).flatten(0, 1).view_as(weight_oikk)
-        per_group = (self.site.groups, -1, 1)
-        bias_gp1 = mix_gpo @ bias_o.view(per_group) + a_gpo @ shift_o.view(per_group)
-        return merged_oikk, bias_gp1.flatten()
+        groups = self.site.groups
+        return fold_after(self.norm, self.a_oo.to(weight_oikk), groups, weight_oikk, bias_o)
+
+
+def new_norm(site: Site) -> nn.modules.batchnorm._BatchNorm:
+    """BN_a, fresh: over the channels that leave the site."""
+    return nn.BatchNorm2d(site.cout) if site.kind == "conv" else nn.BatchNorm1d(site.cout)
+
+
+def normed(norm: nn.modules.batchnorm._BatchNorm, y: Tensor, site: Site) -> Tensor:
+    """BN_a(y), of (b, o, h, w) at a convolution and (..., o) at a linear layer."""
+    if site.kind == "conv":
+        return norm(y)
+    return norm(y.reshape(-1, y.shape[-1])).view(y.shape)
+
+
+def fold_after(
+    norm: nn.modules.batchnorm._BatchNorm,
+    a_oo: Tensor,
+    groups: int,
+    weight_oikk: Tensor,
+    bias_o: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Weight (I + A S) w and bias (I + A S) b + A t of the layer with A BN_a after it."""
+    gain_o, shift_o = norm_gain_and_shift(norm, weight_oikk)
+    # A maps each output group onto itself: (g, p, o) with p = o = out channels of one group
+    a_gpo = a_oo.unflatten(0, (groups, -1))
+    mix_gpo = a_gpo * gain_o.view(groups, 1, -1)
+    mix_gpo = mix_gpo + torch.eye(mix_gpo.shape[-1]).to(weight_oikk)
+    w_goi = weight_oikk.flatten(1).unflatten(0, (groups, -1))
+    merged_oikk = (mix_gpo @ w_goi).flatten(0, 1).view_as(weight_oikk)
+    per_group = (groups, -1, 1)
+    bias_gp1 = mix_gpo @ bias_o.view(per_group) + a_gpo @ shift_o.view(per_group)
+    return merged_oikk, bias_gp1.flatten()
 
 
 def norm_gain_and_shift(

@@ -1,0 +1,380 @@
+"""compress: a bank's domains over one basis, into a new bank; accuracy before and after.
+
+The new bank is built beside its place and gets its name when it is whole, so that a stop leaves
+nothing. Domains that have nothing to factor go over as they are.
+"""
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..bank.bank import Bank
+from ..core.activations import Covariances, activation_covariances
+from ..core.adapters.shared import Share
+from ..core.attach import domain_of
+from ..core.compress import Compressed, compress, compress_within, factorable, sweep
+from ..data import Prepared, load
+from ..errors import BankError, CompressError, DataError
+from ..files import DISK, reason
+from ..pictures import draw_accuracy_against_size, need_matplotlib
+from ..training.evaluate import evaluate
+from ..training.examples import preprocessing_of
+from ..training.fit import fit
+from ..training.recipe import Recipe
+from .console import Screen, percent, size
+
+KEEPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)  # budgets of the picture
+N_SEEN = 128  # training images, without their labels, that activations are taken from
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compress and how, as the user asked for it."""
+
+    bank: Bank
+    out: Path
+    keep: float | None = None
+    max_loss: float | None = None
+    uniform: bool = False
+    share: Share = "output"
+    data: Mapping[str, str] = field(default_factory=dict)  # domain -> source
+    tune: frozenset[str] = frozenset()  # those of `data` that are tuned
+    epochs: int = 8
+    picture: bool = True
+
+    @property
+    def file(self) -> Path:
+        """Where the picture goes."""
+        return self.out.with_suffix(".png")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A domain's images: to tune with, to choose by, to be judged by."""
+
+    train: Prepared
+    val: Prepared
+    judged: Prepared
+    judged_on: str
+
+
+@dataclass
+class Figures:
+    """What is known of one domain: accuracies, bytes of its file, why it was left as it was."""
+
+    before: float | None = None
+    compressed: float | None = None
+    tuned: float | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
+    note: str = ""
+
+
+def run(request: Request, screen: Screen) -> None:
+    """Compresses, tunes, compares and writes the new bank.
+
+    Raises:
+        OnetrunkError: of the room that refuses; nothing is at `request.out` then.
+    """
+    _refuse_contradictions(request)
+    models, figures = _chosen(request.bank)
+    _refuse_unknown(request, models)
+    if request.picture and request.data:
+        need_matplotlib(f"the picture {request.file} (else say --no-picture)")
+    parts = {name: _parts(models[name], source, screen) for name, source in request.data.items()}
+    seen = _seen(models, parts, screen)
+    found = _compressed(models, parts, seen, request, screen)
+    for name, data in parts.items():
+        figures[name].before = _accuracy(models[name], data.judged, f"{name} before", screen)
+        figures[name].compressed = _accuracy(found[name], data.judged, f"{name} after", screen)
+    for name in sorted(request.tune):
+        _tune(name, found[name], parts[name], request, screen)
+        figures[name].tuned = _accuracy(found[name], parts[name].judged, f"{name} tuned", screen)
+    curve = _curve(models, parts, seen, request, screen) if request.picture else []
+    with _beside(request.out) as folder:
+        new = Bank.create(folder, request.bank.backbone, by_reference=request.bank.by_reference)
+        for name in request.bank.domains:
+            _add(new, name, found, parts, figures[name], request)
+            figures[name].bytes_before = request.bank.domains[name].size
+            figures[name].bytes_after = new.domains[name].size
+        basis_bytes = new.basis_bytes
+    _show(found, figures, basis_bytes, screen)
+    if curve:
+        stored = found.kept, _on_validation(found, parts, "stored", screen)
+        original = _on_validation(models, parts, "as they were", screen)
+        draw_accuracy_against_size(curve, stored, original, request.file)
+        screen.say(f"picture {request.file}")
+    screen.finish(
+        {
+            "bank": str(request.out),
+            "share": request.share,
+            "numbers_before": found.numbers_before,
+            "numbers_after": found.numbers_after,
+            "kept": found.kept,
+            "basis_bytes": basis_bytes,
+            "picture": str(request.file) if curve else None,
+            "left_out": dict(found.left_out),
+            "domains": {name: vars(known) for name, known in figures.items()},
+        }
+    )
+
+
+def read_pairs(words: Sequence[str], option: str) -> dict[str, str]:
+    """`flowers=photos/flowers` as domain -> source.
+
+    Raises:
+        DataError: where a word is no such pair, or names a domain twice.
+    """
+    pairs: dict[str, str] = {}
+    for word in words:
+        name, _, source = word.partition("=")
+        if not name or not source:
+            raise DataError(f"{option} {word!r}: write DOMAIN=SOURCE, e.g. flowers=photos/flowers.")
+        if name in pairs:
+            raise DataError(f"{option} names domain {name!r} twice. Leave one out.")
+        pairs[name] = source
+    return pairs
+
+
+def _refuse_contradictions(request: Request) -> None:
+    if os.path.lexists(request.out):
+        raise BankError(
+            f"{request.out} is there already. Give another folder: a bank is never compressed in "
+            "place."
+        )
+    if request.uniform and request.keep is None:
+        raise CompressError("--uniform goes with --keep, the share of the ranks: say --keep 0.5.")
+    if (request.keep is None) == (request.max_loss is None):
+        raise CompressError(
+            "say how far: either --keep 0.5 or --max-loss 0.01, a point of accuracy a domain."
+        )
+    if request.max_loss is not None and not request.data:
+        raise CompressError(
+            "--max-loss needs validation images: give --data DOMAIN=SOURCE or --tune "
+            "DOMAIN=SOURCE for the domains that it is to hold for."
+        )
+
+
+def _chosen(bank: Bank) -> tuple[dict[str, nn.Module], dict[str, Figures]]:
+    """The domains to compress, and a line for every one, which says why it is left out."""
+    loaded = {name: bank.load(name) for name in bank.domains}
+    if not loaded:
+        raise CompressError(f"bank {bank.path} has no domains. Train some first.")
+    sites = {name: tuple(sorted(factorable(m).items())) for name, m in loaded.items()}
+    counts = Counter(found for found in sites.values() if found)
+    if not counts:
+        raise CompressError(
+            f"none of the {len(loaded)} domains has series, parallel or low-rank adapters of its "
+            "own that can be factored. Train some first."
+        )
+    (most, _), *_ = counts.most_common(1)
+    notes = {
+        name: "" if found == most else _note(loaded[name], bool(found))
+        for name, found in sites.items()
+    }
+    models = {name: model for name, model in loaded.items() if not notes[name]}
+    return models, {name: Figures(note=note) for name, note in notes.items()}
+
+
+def _note(model: nn.Module, has_adapters: bool) -> str:
+    if domain_of(model).basis is not None:
+        return "copied: it is over a basis already"
+    if has_adapters:
+        return "copied: its adapters sit at other layers than most domains'"
+    return f"copied: no adapters to factor ({domain_of(model).family})"
+
+
+def _refuse_unknown(request: Request, models: Mapping[str, nn.Module]) -> None:
+    for name in request.data:
+        if name not in models:
+            raise CompressError(
+                f"data was given for domain {name!r}, which is not among those that are compressed "
+                f"({', '.join(models)}). Leave it out."
+            )
+
+
+def _parts(model: nn.Module, source: str, screen: Screen) -> Parts:
+    splits = load(source).with_validation()
+    classes = domain_of(model).classes
+    if splits.classes != classes:
+        raise DataError(
+            f"{source} has the classes {', '.join(splits.classes[:6])}, the domain "
+            f"{', '.join(classes[:6])}. Give the domain's own data."
+        )
+    preprocessing = preprocessing_of(model)
+
+    def ready(images: Any, what: str) -> Prepared:
+        with screen.bar(f"reading {what} images of {source}") as show:
+            return Prepared(images, preprocessing, progress=show)
+
+    train, val = ready(splits.train, "train"), ready(splits.val, "val")
+    if splits.test is None:
+        return Parts(train, val, val, "val")
+    return Parts(train, val, ready(splits.test, "test"), "test")
+
+
+def _seen(
+    models: Mapping[str, nn.Module], parts: Mapping[str, Parts], screen: Screen
+) -> Covariances | None:
+    """The activations on training images, where every domain has some: no label is looked at."""
+    lacking = [name for name in models if name not in parts]
+    if lacking:
+        if parts:
+            screen.warn(
+                f"errors are those of the matrices, not of outputs: {lacking[0]!r} has no images. "
+                "Give --data for every domain to weigh them by real activations."
+            )
+        return None
+    seen: dict[str, Any] = {}
+    with screen.bar("looking at activations") as show:
+        for done, (name, model) in enumerate(models.items()):
+            data = parts[name].train
+            rows = range(0, len(data), -(-len(data) // N_SEEN))
+            images_bchw = data.preprocessing.evaluation_view(data.batch(rows)[0])
+            seen |= activation_covariances({name: model}, {name: images_bchw})
+            show(done + 1, len(models))
+    return seen
+
+
+def _compressed(
+    models: Mapping[str, nn.Module],
+    parts: Mapping[str, Parts],
+    seen: Covariances | None,
+    request: Request,
+    screen: Screen,
+) -> Compressed:
+    if request.uniform:
+        return compress(models, rank_fraction=request.keep, share=request.share, covariances=seen)
+    if request.max_loss is None:
+        return compress(models, request.keep, share=request.share, covariances=seen)
+
+    def accuracy(name: str, model: nn.Module) -> float:
+        if name not in parts:
+            return 1.0  # nothing is known of it: the others decide
+        return _accuracy(model, parts[name].val, f"{name}, looking for the smallest", screen)
+
+    return compress_within(
+        models, accuracy, request.max_loss, share=request.share, covariances=seen
+    )
+
+
+def _accuracy(model: nn.Module, images: Prepared, what: str, screen: Screen) -> float:
+    with screen.bar(f"evaluating {what}") as show:
+        return evaluate(model, images, progress=show).accuracy
+
+
+def _tune(name: str, model: nn.Module, data: Parts, request: Request, screen: Screen) -> None:
+    """Trains the domain's own factors, norms and head in place; its basis stays."""
+    with screen.bar(f"tuning {name}") as show:
+        for step in fit(model, data.train, Recipe(epochs=request.epochs), val=data.val):
+            show(step.step, step.n_steps, f"loss {step.loss:.3f}")
+
+
+def _curve(
+    models: Mapping[str, nn.Module],
+    parts: Mapping[str, Parts],
+    seen: Covariances | None,
+    request: Request,
+    screen: Screen,
+) -> list[tuple[float, float]]:
+    """(share kept, mean validation accuracy) at several budgets, without tuning."""
+    points: list[tuple[float, float]] = []
+    for keep in KEEPS if parts else ():
+        try:
+            (found,) = sweep(models, (keep,), share=request.share, covariances=seen)
+        except CompressError:
+            continue  # below the smallest plan
+        mean = _on_validation(found, parts, f"at {percent(keep)}", screen)
+        points.append((found.kept, mean))
+    return points
+
+
+def _on_validation(
+    models: Mapping[str, nn.Module], parts: Mapping[str, Parts], what: str, screen: Screen
+) -> float:
+    """The mean accuracy on validation images: a budget read off the picture saw no test image."""
+    found = [_accuracy(models[n], p.val, f"{n} {what}", screen) for n, p in parts.items()]
+    return sum(found) / len(found)
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A folder that gets the name `out` when it is filled, and is gone if it never is."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".onetrunk-", dir=out.parent))
+    except OSError as error:
+        raise BankError(f"cannot write beside {out}: {reason(error)}") from error
+    try:
+        yield folder / "bank"
+        os.rename(folder / "bank", out)  # fails where somebody was faster
+        DISK.sync_folder(out.parent)
+    except OSError as error:
+        raise BankError(f"cannot write {out}: {reason(error)}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _add(
+    new: Bank,
+    name: str,
+    found: Compressed,
+    parts: Mapping[str, Parts],
+    figures: Figures,
+    request: Request,
+) -> None:
+    old = request.bank.domains[name]
+    if name not in found:
+        model = request.bank.load(name)
+        new.add(name, model, metrics=old.metrics, provenance=old.provenance)
+        return
+    accuracy = figures.compressed if figures.tuned is None else figures.tuned
+    metrics = {} if accuracy is None else {f"{parts[name].judged_on}_accuracy": accuracy}
+    history = {
+        "compressed_from": {"family": old.family, "metrics": dict(old.metrics)},
+        "compressed_with": {"domains": list(found), "kept": found.kept, "share": request.share},
+        "tuned_epochs": request.epochs if name in request.tune else 0,
+    }
+    model = found[name].to(next(request.bank.backbone.parameters()).device)
+    new.add(name, model, metrics=metrics, provenance={**old.provenance, **history})
+
+
+def _show(
+    found: Compressed, figures: Mapping[str, Figures], basis_bytes: int, screen: Screen
+) -> None:
+    screen.say(
+        f"adapters of {len(found)} domains: {found.numbers_before:,} -> {found.numbers_after:,} "
+        f"numbers ({percent(found.kept)}), their basis counted once"
+    )
+    rows = [
+        (
+            name,
+            *(
+                "" if a is None else percent(a)
+                for a in (known.before, known.compressed, known.tuned)
+            ),
+            size(known.bytes_before),
+            size(known.bytes_after),
+            known.note,
+        )
+        for name, known in figures.items()
+    ]
+    before = sum(known.bytes_before for known in figures.values())
+    after = sum(known.bytes_after for known in figures.values()) + basis_bytes
+    rows.append(("basis, shared", "", "", "", "", size(basis_bytes), ""))
+    rows.append(("all", "", "", "", size(before), size(after), ""))
+    head = ("domain", "before", "compressed", "tuned", "size before", "size after", "")
+    screen.table(head, rows)
+    kept = [site for site, directions in found.directions.items() if directions == (0, 0)]
+    if kept:
+        screen.say(f"  {len(kept)} of {len(found.directions)} layers are smaller as they were")
+    for site, why in found.left_out.items():
+        screen.say(f"  {site} is kept as it was: {why}")

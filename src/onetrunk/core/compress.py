@@ -1,0 +1,676 @@
+"""compress: many domains' adapters over one shared basis; Rebuffi et al., CVPR 2018, and beyond.
+
+Per site [A_1 ... A_T] = U S V and A_t = B G_t with r directions: B (o, r) is shared by all, G_t
+(r, i) is the domain's. r (o + T i) numbers a site in the place of T o i: at r = o / 2 and T = 9
+that is 0.56 of them. One global budget is spread over the sites by their spectra, the error may be
+that of the outputs on real images, and either side or both may be shared (see spectra.py).
+The domains given stay as they were; their compressed networks are new ones.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CompressError
+from ..tensorfile import fingerprint_of
+from .activations import Activations, Covariances
+from .activations import activation_covariances as activation_covariances
+from .adapters import Family, LowRank, Parallel, Series, Shared
+from .adapters.shared import Of, Share, SharedAdapter
+from .attach import Adapted, build, delta, domain_of, plan_text
+from .basis import Basis
+from .cost import own_site_tensors
+from .sites import effective_weight
+from .spectra import AS_IT_WAS, Directions, Spectrum, choose, own_factors
+
+Adapters = Mapping[str, Mapping[str, Tensor]]  # site -> name in the adapter -> numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed(Mapping[str, nn.Module]):
+    """Domains over one basis: name -> new network; and what compressing them cost and saved.
+
+    Args:
+        models: the new networks, by the given names.
+        basis: what they share; `attach(backbone, classes=[...], basis=basis)` adds a domain to it.
+        directions: site -> (output, input) directions kept; (0, 0) where it stayed as it was.
+        errors: site -> root of the lost share of the adapters' output energy; 0 is exact.
+        left_out: site -> why its adapters were not factored; they are kept as they were.
+        numbers_before, numbers_after: all the domains' adapters, the basis counted once.
+        bytes_before, bytes_after: the same in bytes.
+    """
+
+    models: Mapping[str, nn.Module]
+    basis: Basis
+    directions: Mapping[str, Directions]
+    errors: Mapping[str, float]
+    left_out: Mapping[str, str]
+    numbers_before: int
+    numbers_after: int
+    bytes_before: int
+    bytes_after: int
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self.models[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.models)
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    @property
+    def kept(self) -> float:
+        """Numbers after over numbers before."""
+        return self.numbers_after / self.numbers_before
+
+    def __repr__(self) -> str:
+        return (
+            f"Compressed({', '.join(self)}: {self.numbers_before:,} -> {self.numbers_after:,} "
+            f"numbers, {self.kept:.1%})"
+        )
+
+
+def compress(
+    models: Mapping[str, nn.Module],
+    keep: float | None = None,
+    *,
+    numbers: int | None = None,
+    n_bytes: int | None = None,
+    rank_fraction: float | None = None,
+    share: Share = "output",
+    covariances: Covariances | None = None,
+) -> Compressed:
+    """Factors the adapters of `models` jointly; exactly one option says how far.
+
+    A budget is spent where it keeps the most; where factors would cost more than the adapters
+    themselves, a site stays as it was, so that `keep=1` changes nothing.
+
+    Args:
+        models: name -> a domain's network, all over one backbone with series, parallel or low-rank
+            adapters at the same sites.
+        keep: budget as a share of the adapters' numbers, the basis counted once: 0.5 halves them.
+        numbers, n_bytes: the same as a count of numbers or bytes.
+        rank_fraction: no budget but the same share of the possible directions everywhere: 0.5 is
+            the paper's r = C / 2.
+        share: the side whose factor all domains share: `output` (the paper), `input`, or `both`.
+        covariances: from `activation_covariances`; the error is then that of the layers' outputs
+            on those images, a share of each one's energy. Without, inputs count as white, and a
+            site's error as a share of its frozen weights' energy.
+
+    Raises:
+        CompressError: where the domains do not fit together, were compressed already, or the
+            budget is below the smallest plan.
+        AttachError: where a model is no domain's network.
+
+    >>> from onetrunk import Parallel, attach, backbone
+    >>> net = backbone("resnet26(width=0.25)")
+    >>> models = {n: attach(net, Parallel(init="released"), ["a", "b"], seed=s)
+    ...           for s, n in enumerate(("flowers", "signs", "digits"))}
+    >>> smaller = compress(models, keep=0.5)
+    >>> list(smaller), smaller.kept <= 0.5
+    (['flowers', 'signs', 'digits'], True)
+    """
+    given = {
+        "keep": keep, "numbers": numbers, "n_bytes": n_bytes, "rank_fraction": rank_fraction,
+    }  # fmt: skip
+    said = {name: value for name, value in given.items() if value is not None}
+    if len(said) != 1:
+        raise CompressError(
+            f"compress with {', '.join(said) or 'no budget'}: give exactly one of "
+            f"{', '.join(given)}, for example keep=0.5."
+        )
+    _check_option(*next(iter(said.items())))
+    task = _Task.of(models, share, covariances)
+    if rank_fraction is not None:
+        return task.carried_out({s: x.fraction(rank_fraction) for s, x in task.spectra.items()})
+    if n_bytes is not None:
+        return task.within(task.numbers_of_bytes(n_bytes), f"n_bytes={n_bytes:,}")
+    if numbers is not None:
+        return task.within(numbers, f"numbers={numbers:,}")
+    assert keep is not None  # one of the four was given
+    return task.within(int(keep * task.numbers_before), f"keep={keep:g}")
+
+
+def sweep(
+    models: Mapping[str, nn.Module],
+    keeps: Sequence[float],
+    *,
+    share: Share = "output",
+    covariances: Covariances | None = None,
+) -> Iterator[Compressed]:
+    """`compress` at several budgets; the spectra are taken once. Raises as it does."""
+    for keep in keeps:
+        _check_option("keep", keep)
+    task = _Task.of(models, share, covariances)
+    for keep in keeps:
+        yield task.within(int(keep * task.numbers_before), f"keep={keep:g}")
+
+
+def compress_within(
+    models: Mapping[str, nn.Module],
+    accuracy: Callable[[str, nn.Module], float],
+    loss: float = 0.01,
+    *,
+    share: Share = "output",
+    covariances: Covariances | None = None,
+    n_tries: int = 6,
+) -> Compressed:
+    """The smallest plan found by which no domain loses more than `loss` of its accuracy.
+
+    Halves the interval of budgets `n_tries` times, so it is within 2^-n_tries of a border between
+    plans that hold and plans that do not; every try evaluates every domain.
+
+    Args:
+        accuracy: (name, network) -> accuracy in [0, 1] on data that is not the test's.
+        loss: what each domain may lose; 0.01 is one point.
+
+    Raises:
+        CompressError: as `compress`, and for a loss out of range.
+    """
+    if not isinstance(loss, (int, float)) or not 0 <= loss < 1:
+        raise CompressError(
+            f"loss={loss!r}: give a share of accuracy from 0 to below 1, e.g. 0.01."
+        )
+    task = _Task.of(models, share, covariances)
+    least = {name: accuracy(name, model) - loss - 1e-12 for name, model in models.items()}
+
+    def holds(found: Compressed) -> bool:
+        return all(accuracy(name, model) >= least[name] for name, model in found.items())
+
+    low, high = task.smallest, task.numbers_before
+    best = task.within(low, "the smallest plan")
+    if holds(best):
+        return best
+    best = task.within(high, "keep=1")
+    for _ in range(n_tries):
+        middle = (low + high) // 2
+        found = task.within(middle, f"numbers={middle:,}")
+        if holds(found):
+            best, high = found, middle
+        else:
+            low = middle
+    return best
+
+
+def project(
+    models: Mapping[str, nn.Module], basis: Basis, *, covariances: Covariances | None = None
+) -> Compressed:
+    """The nearest networks of further domains over a basis that stays as it is.
+
+    Raises:
+        CompressError: where the basis belongs to another backbone, or the domains' adapters are not
+            of its kind or not at its sites.
+    """
+    found = _Domains.of(models)
+    if found.backbone != basis.backbone:
+        raise CompressError(
+            f"the basis was made over backbone {basis.backbone[:12]}..., these domains over "
+            f"{found.backbone[:12]}...: its directions would be meaningless there. Use domains "
+            "over the same backbone."
+        )
+    kinds = {s: f.of for s, f in basis.plan.items() if isinstance(f, Shared)}
+    for name, sites in found.kinds.items():
+        _refuse_other_sites("the basis", kinds, name, sites)
+    plans = {name: dict(domain_of(model).plan) for name, model in models.items()}
+    adapters: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in models}
+    errors = {}
+    for site, factors in basis.factors.items():
+        spectrum = found.spectrum(site, "output", covariances)
+        exact = {key: t.detach().cpu().double() for key, t in factors.items()}
+        own = own_factors(spectrum.a_doi, exact, spectrum.covariances_dii)
+        errors[site] = spectrum.error(exact, own)
+        for name, g in zip(models, own, strict=True):
+            adapters[name][site] = {"g": g}
+            plans[name][site] = _with_dropout(basis.plan[site], plans[name][site])
+    made = {n: rebuilt(m, plans[n], basis, adapters[n]) for n, m in models.items()}
+    ranks = {s: _ranks_of(f) for s, f in basis.plan.items() if isinstance(f, Shared)}
+    return found.compressed(made, basis, ranks, errors)
+
+
+def factorable(model: nn.Module) -> dict[str, str]:
+    """The sites whose adapters can be factored, and what they are: `parallel` or `series`.
+
+    Empty for a domain that is over a basis already. Domains with equal answers go together.
+    """
+    domain = domain_of(model)
+    return {} if domain.basis is not None else dict(_kinds("", model)[0])
+
+
+def standalone(model: nn.Module) -> nn.Module:
+    """The same network without a shared basis: low-rank, parallel and series adapters of its own.
+
+    Raises:
+        AttachError: where `model` is no domain's network.
+    """
+    domain = domain_of(model)
+    plan, adapters = dict(domain.plan), dict[str, dict[str, Tensor]]()
+    for site, family in domain.plan.items():
+        if isinstance(family, Shared):
+            adapter = _adapter(model, site)
+            assert isinstance(adapter, SharedAdapter)
+            plan[site], adapters[site] = _unshared(family, adapter)
+    return rebuilt(model, plan, None, adapters)
+
+
+def with_trainable_basis(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """New networks over a new basis that is trained with them: one parameter in all of them.
+
+    Training one then moves the basis under all the others; `with_frozen_basis` ends it.
+
+    Raises:
+        CompressError: where the networks are not over one basis.
+    """
+    basis = _one_basis(models)
+    loose = replace(
+        basis, factors={s: {n: t.clone() for n, t in f.items()} for s, f in basis.factors.items()}
+    )
+    made = {n: rebuilt(m, domain_of(m).plan, loose, {}) for n, m in models.items()}
+    for site, factors in loose.factors.items():
+        for name in factors:
+            first: nn.Parameter = getattr(_adapter(next(iter(made.values())), site), name)
+            first.requires_grad_(True)
+            for model in made.values():
+                setattr(_adapter(model, site), name, first)
+    return made
+
+
+def with_frozen_basis(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """New networks over the basis as it was trained, a value again that nothing moves.
+
+    Raises:
+        CompressError: where the networks do not share one trained basis.
+    """
+    old = _one_basis(models)
+    factors: dict[str, dict[str, Tensor]] = {}
+    for site, names in old.factors.items():
+        held = [{n: getattr(_adapter(m, site), n) for n in names} for m in models.values()]
+        if any(other[n] is not held[0][n] for other in held for n in names):
+            raise CompressError(
+                f"the domains' factors at {site} are not one parameter, so they were not trained "
+                "together. Give the networks that with_trainable_basis returned."
+            )
+        factors[site] = {n: t.detach().to(names[n]).clone() for n, t in held[0].items()}
+    basis = replace(old, factors=factors)
+    return {n: rebuilt(m, domain_of(m).plan, basis, {}) for n, m in models.items()}
+
+
+@torch.no_grad()
+def rebuilt(
+    model: nn.Module, plan: Mapping[str, Family], basis: Basis | None, adapters: Adapters
+) -> nn.Module:
+    """A new network of the same domain with another plan, on its backbone's device.
+
+    Args:
+        adapters: site -> numbers of its new adapter by name; what is not named there is copied.
+
+    Raises:
+        CompressError: where the network was altered after attach.
+    """
+    domain = domain_of(model)
+    new = build(
+        domain.backbone,
+        scope=domain.scope,
+        family=plan_text(plan),
+        plan=plan,
+        skipped=domain.skipped,
+        classes=domain.classes,
+        head=domain.head,
+        head_features=domain.head_features,
+        preprocessing=domain.preprocessing,
+        input_size=domain.input_size,
+        basis=basis if basis is not None and basis.factors else None,
+    )
+    values = delta(model)
+    given = {f"{s}.adapter.{n}": t for s, found in adapters.items() for n, t in found.items()}
+    changed = tuple(f"{site}.adapter." for site in adapters)
+    own = delta(new)
+    outside = {name for name in values if not name.startswith(changed)} if changed else {*values}
+    if outside - own.keys() or own.keys() - values.keys() - given.keys():
+        odd = sorted((outside - own.keys()) | (own.keys() - values.keys() - given.keys()))
+        raise CompressError(
+            f"a domain's network was altered after attach: {odd[0]} has no counterpart in a new "
+            "one. Give networks as attach made them."
+        )
+    for name, tensor in own.items():
+        tensor.copy_(given[name] if name in given else values[name])
+    return new.train(model.training)
+
+
+@dataclass(frozen=True)
+class _Domains:
+    """Several domains whose adapters can be taken together.
+
+    Args:
+        models: the networks.
+        backbone: its fingerprint.
+        kinds: domain -> site -> what the adapters there are: `parallel` or `series`.
+        left_out: site -> why it has no part in it.
+    """
+
+    models: Mapping[str, nn.Module]
+    backbone: str
+    kinds: Mapping[str, Mapping[str, Of]]
+    left_out: Mapping[str, str]
+
+    @classmethod
+    def of(cls, models: Mapping[str, nn.Module]) -> "_Domains":
+        if not isinstance(models, Mapping) or not models:
+            raise CompressError(
+                "compress takes the domains' networks by name, and there are none: "
+                'give compress({"flowers": flowers, "signs": signs}, keep=0.5).'
+            )
+        kinds: dict[str, dict[str, Of]] = {}
+        left_out: dict[str, str] = {}
+        for name, model in models.items():
+            kinds[name], reasons = _kinds(name, model)
+            left_out |= reasons
+        return cls(models, _one_backbone(models), kinds, left_out)
+
+    def numbers(self, models: Mapping[str, nn.Module], *, in_bytes: bool = False) -> int:
+        """What the adapters of `models` hold, as `cost` counts them."""
+        return sum(
+            tensor.nbytes if in_bytes else tensor.numel()
+            for model in models.values()
+            for site, module in model.named_modules()
+            if isinstance(module, Adapted)
+            for tensor in own_site_tensors(model, site)
+        )
+
+    @torch.no_grad()
+    def spectrum(self, site: str, share: Share, covariances: Covariances | None) -> Spectrum:
+        """The matrices of all domains at one site, decomposed."""
+        adapted = [_adapted(model, site) for model in self.models.values()]
+        a_doi = torch.stack([_matrix(module.adapter) for module in adapted])
+        held = sum(_n_matrix_numbers(module.adapter) for module in adapted)
+        limit = sum(_max_rank(module.adapter) for module in adapted)
+        scales_d, covariances_dii = self._scales(site, adapted, covariances)
+        return Spectrum.of(share, a_doi, covariances_dii, scales_d, held, limit)
+
+    def _scales(
+        self, site: str, adapted: list[Adapted], covariances: Covariances | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if covariances is None:
+            mean = sum(_layer_energy(module) for module in adapted) / len(adapted)
+            return torch.full((len(adapted),), 1 / mean, dtype=torch.float64), None
+        found = [_found(covariances, name, site) for name in self.models]
+        scales_d = torch.tensor([1 / max(a.energy, 1e-30) for a in found], dtype=torch.float64)
+        return scales_d, torch.stack([a.covariance_ii.cpu().double() for a in found])
+
+    def compressed(
+        self,
+        made: Mapping[str, nn.Module],
+        basis: Basis,
+        directions: Mapping[str, Directions],
+        errors: Mapping[str, float],
+    ) -> Compressed:
+        return Compressed(
+            made,
+            basis,
+            directions,
+            errors,
+            self.left_out,
+            self.numbers(self.models),
+            self.numbers(made) + basis.numbers,
+            self.numbers(self.models, in_bytes=True),
+            self.numbers(made, in_bytes=True) + basis.n_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Domains and the spectra of their sites: what every budget starts from."""
+
+    domains: _Domains
+    share: Share
+    spectra: Mapping[str, Spectrum]
+    numbers_before: int
+
+    @classmethod
+    def of(
+        cls, models: Mapping[str, nn.Module], share: Share, covariances: Covariances | None
+    ) -> "_Task":
+        if share not in get_args(Share):
+            raise CompressError(
+                f"share={share!r}: the shared side is one of {', '.join(get_args(Share))}."
+            )
+        domains = _Domains.of(models)
+        (first, sites), *others = domains.kinds.items()
+        for name, own in others:
+            _refuse_other_sites(f"domain {first!r}", sites, name, own)
+        if not sites:
+            raise CompressError(
+                f"domain {first!r} has no adapters that can be factored ({domain_of(models[first])}"
+                "): only dense series, parallel and low-rank ones are. Leave such domains out."
+            )
+        spectra = {site: domains.spectrum(site, share, covariances) for site in sites}
+        return cls(domains, share, spectra, domains.numbers(models))
+
+    @property
+    def fixed(self) -> int:
+        """Numbers that no plan changes: adapters that are left out, the norms of series ones."""
+        return self.numbers_before - sum(x.n_numbers for x in self.spectra.values())
+
+    @property
+    def smallest(self) -> int:
+        """Numbers of the smallest plan: one direction at each site, or the site as it was."""
+        return self.fixed + sum(int(x.menu().numbers.min()) for x in self.spectra.values())
+
+    @property
+    def smallest_share(self) -> float:
+        return self.smallest / self.numbers_before
+
+    def numbers_of_bytes(self, n_bytes: int) -> int:
+        """How many numbers fit into so many bytes: a series adapter's counter has eight."""
+        held = self.domains.numbers(self.domains.models, in_bytes=True)
+        adapter = _adapter(next(iter(self.domains.models.values())), next(iter(self.spectra)))
+        width = next(adapter.parameters()).element_size()
+        factored = self.numbers_before - self.fixed
+        return self.fixed + (n_bytes - (held - factored * width)) // width
+
+    def within(self, budget: int, asked: str) -> Compressed:
+        """The best plan of at most `budget` numbers."""
+        menus = {site: spectrum.menu() for site, spectrum in self.spectra.items()}
+        chosen = choose(menus, budget - self.fixed)
+        if chosen is None:
+            raise CompressError(
+                f"{asked} leaves {max(0, budget):,} numbers for the adapters, and the smallest "
+                f"plan has {self.smallest:,}: one direction at each of {len(self.spectra)} sites"
+                f" and what cannot be factored. Keep {self.smallest_share:.3f} of them or more."
+            )
+        return self.carried_out(chosen)
+
+    @torch.no_grad()
+    def carried_out(self, directions: Mapping[str, Directions]) -> Compressed:
+        """The networks that a plan describes."""
+        models = self.domains.models
+        of = next(iter(self.domains.kinds.values()))
+        plans = {name: dict(domain_of(model).plan) for name, model in models.items()}
+        adapters: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in models}
+        factors: dict[str, dict[str, Tensor]] = {}
+        errors = {}
+        for site, spectrum in self.spectra.items():
+            if directions[site] == AS_IT_WAS:
+                errors[site] = 0.0
+                continue
+            like = next(_adapter(next(iter(models.values())), site).parameters())
+            exact = spectrum.factors(directions[site])
+            own = spectrum.own_factors(exact)
+            errors[site] = spectrum.error(exact, own)
+            factors[site] = {key: t.to(like.dtype).contiguous() for key, t in exact.items()}
+            family = Shared(of[site], self.share, _rank(self.share, directions[site]))
+            for name, g in zip(models, own, strict=True):
+                adapters[name][site] = {"g": g}
+                plans[name][site] = _with_dropout(family, plans[name][site])
+        basis = Basis(factors, next(iter(plans.values())), self.domains.backbone)
+        made = {n: rebuilt(m, plans[n], basis, adapters[n]) for n, m in models.items()}
+        return self.domains.compressed(made, basis, directions, errors)
+
+
+def _check_option(name: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name in ("keep", "rank_fraction"):
+        if not (number and 0 < value <= 1):
+            raise CompressError(f"{name}={value!r}: give a share above 0 and up to 1, e.g. 0.5.")
+    elif type(value) is not int or value < 1:
+        raise CompressError(f"{name}={value!r}: give a whole number of at least 1.")
+
+
+def _one_backbone(models: Mapping[str, nn.Module]) -> str:
+    """The fingerprint of the backbone that all domains are over."""
+    prints: dict[int, str] = {}
+    (first, expected), *others = (
+        (name, _print(domain_of(model).backbone, prints)) for name, model in models.items()
+    )
+    for name, found in others:
+        if found != expected:
+            raise CompressError(
+                f"domain {name!r} is over backbone {found[:12]}..., {first!r} over "
+                f"{expected[:12]}...: their adapters have nothing in common. Compress the domains "
+                "of one backbone."
+            )
+    return expected
+
+
+def _print(backbone: nn.Module, known: dict[int, str]) -> str:
+    if id(backbone) not in known:
+        known[id(backbone)] = fingerprint_of(backbone.state_dict())
+    return known[id(backbone)]
+
+
+def _one_basis(models: Mapping[str, nn.Module]) -> Basis:
+    bases = {name: domain_of(model).basis for name, model in models.items()}
+    first = next(iter(bases.values()), None)
+    for name, basis in bases.items():
+        if basis is None or basis != first:
+            raise CompressError(
+                f"domain {name!r} is over {basis or 'no basis'}, the first over "
+                f"{first or 'no basis'}: a basis is trained by the domains over it. Give the "
+                "networks of one compress."
+            )
+    if first is None:
+        raise CompressError("there are no networks: give those of one compress, by name.")
+    return first
+
+
+def _kinds(name: str, model: nn.Module) -> tuple[dict[str, Of], dict[str, str]]:
+    """What the factorable adapters of a domain are, and why the others are none."""
+    kinds: dict[str, Of] = {}
+    reasons: dict[str, str] = {}
+    for site, family in domain_of(model).plan.items():
+        module = model.get_submodule(site)
+        if isinstance(family, Shared):
+            raise CompressError(
+                f"domain {name!r} is over a basis already. Compress the networks that it was made "
+                "from, or standalone(model)."
+            )
+        if not isinstance(family, (Series, Parallel, LowRank)):
+            reasons[site] = f"{family} has no matrix to factor"
+        elif getattr(module, "groups", 1) > 1:
+            reasons[site] = f"{module.groups} groups: no dense matrix"
+        else:
+            kinds[site] = "series" if isinstance(family, Series) else "parallel"
+    return kinds, reasons
+
+
+def _refuse_other_sites(
+    whose: str, expected: Mapping[str, str], name: str, found: Mapping[str, str]
+) -> None:
+    if expected.items() == found.items() or (
+        whose == "the basis" and expected.items() <= found.items()
+    ):
+        return
+    lines = [f"- {of} at {s}" for s, of in expected.items() if found.get(s) != of]
+    lines += [f"+ {of} at {s}" for s, of in found.items() if expected.get(s) != of]
+    more = [f"  and {len(lines) - 8} more"] if len(lines) > 8 else []
+    raise CompressError(
+        f"domain {name!r} has adapters at other sites than {whose} (- only {whose}, + only "
+        f"{name!r}); compress domains with the same sites together:\n" + "\n".join(lines[:8] + more)
+    )
+
+
+def _found(covariances: Covariances, name: str, site: str) -> Activations:
+    try:
+        return covariances[name][site]
+    except KeyError:
+        raise CompressError(
+            f"covariances say nothing of domain {name!r} at {site}. Collect them from these very "
+            "models: activation_covariances(models, images)."
+        ) from None
+
+
+def _adapted(model: nn.Module, site: str) -> Adapted:
+    module = model.get_submodule(site)
+    assert isinstance(module, Adapted)  # its plan has an adapter there
+    return module
+
+
+def _adapter(model: nn.Module, site: str) -> nn.Module:
+    return _adapted(model, site).adapter
+
+
+def _matrix(adapter: Any) -> Tensor:
+    """A (o, i) in float64 on the CPU."""
+    if hasattr(adapter, "u_or"):
+        return adapter.u_or.detach().cpu().double() @ adapter.v_ri.detach().cpu().double()
+    a_oi: Tensor = adapter.a_oo if hasattr(adapter, "a_oo") else adapter.a_oi
+    return a_oi.detach().cpu().double()
+
+
+def _n_matrix_numbers(adapter: nn.Module) -> int:
+    """Numbers of the matrix, or of its two factors: a series adapter's norm is not among them."""
+    return sum(p.numel() for p in adapter.parameters(recurse=False))
+
+
+def _max_rank(adapter: nn.Module) -> int:
+    return min(min(p.shape) for p in adapter.parameters(recurse=False))
+
+
+def _layer_energy(module: Adapted) -> float:
+    """What the layer's output has of energy for white inputs; a series adapter has measured it."""
+    adapter: Any = module.adapter
+    if hasattr(adapter, "norm"):
+        return max(float(adapter.norm.running_var.double().sum()), 1e-30)
+    return max(float(effective_weight(module.layer).double().square().sum()), 1e-30)
+
+
+def _rank(share: Share, directions: Directions) -> int | tuple[int, int]:
+    if share == "both":
+        return directions
+    return directions[0 if share == "output" else 1]
+
+
+def _ranks_of(family: Shared) -> Directions:
+    return family.rank if isinstance(family.rank, tuple) else (family.rank, family.rank)
+
+
+def _with_dropout(family: Family, replaced: Family) -> Family:
+    assert isinstance(family, Shared)
+    return replace(family, dropout=getattr(replaced, "dropout", 0.0))
+
+
+def _unshared(family: Shared, adapter: SharedAdapter) -> tuple[Family, dict[str, Tensor]]:
+    """The ordinary family that computes the same with the fewest numbers, and its numbers."""
+    a_oi = adapter.product(torch.empty(0, dtype=torch.float64, device=adapter.g.device))
+    if family.of == "series":
+        return Series(), {"a_oo": a_oi}
+    o, i = a_oi.shape
+    u_or, v_ri = _two_factors(adapter)
+    rank = u_or.shape[1]
+    if rank * (o + i) >= o * i:
+        return Parallel(dropout=family.dropout), {"a_oi": a_oi}
+    return LowRank(rank, dropout=family.dropout), {"u_or": u_or, "v_ri": v_ri}
+
+
+def _two_factors(adapter: SharedAdapter) -> tuple[Tensor, Tensor]:
+    """U, V with U V = A and as few directions as there are: of three, G joins the larger."""
+    factors = [factor.detach().double() for factor in adapter.factors()]
+    if len(factors) == 2:
+        return factors[0], factors[1]
+    left_or, g_rq, right_qi = factors
+    if g_rq.shape[0] <= g_rq.shape[1]:
+        return left_or, g_rq @ right_qi
+    return left_or @ g_rq, right_qi

@@ -1,0 +1,262 @@
+"""Spectra: what one site of several domains can be cut down to, at which price and which error.
+
+With X_t = A_t W the matrices in coordinates where the output's error is a plain sum of squares
+(W = C^(1/2) of the inputs' covariance, or 1), the left directions are those of [X_1 ... X_T], the
+right ones those of the X_t on top of each other (Eckart and Young, 1936; for both sides HOSVD, De
+Lathauwer et al., 2000). r left directions cost r (o + T i) numbers and lose the discarded s^2; p
+and q on both sides o p + q i + T p q. A site may also stay as it was.
+"""
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .adapters.shared import LEFT, RIGHT, Share
+
+RIDGE = 1e-6  # of the mean variance, added to every input direction: unseen ones are not free
+AS_IT_WAS = (0, 0)
+Directions = tuple[int, int]  # kept on the output's and on the input's side
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Pairs = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What a site may become: numbers it then costs, energy it keeps, directions it has."""
+
+    numbers: Floats
+    energies: Floats
+    directions: Pairs
+
+    def pair(self, place: int) -> Directions:
+        """The directions of one entry."""
+        p, q = self.directions[place].tolist()
+        return p, q
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The matrices of several domains at one site, decomposed.
+
+    Args:
+        share: the side whose directions are shared.
+        a_doi: the matrices, in float64.
+        covariances_dii: of the inputs; None for white ones.
+        scales_d: what each domain's squared error counts.
+        n_numbers: what the matrices cost as they are.
+        limits: directions at most, output and input.
+    """
+
+    share: Share
+    a_doi: Tensor
+    covariances_dii: Tensor | None
+    scales_d: Tensor
+    n_numbers: int
+    limits: Directions
+    left_oo: Tensor
+    right_ii: Tensor
+    unroot_ii: Tensor | None  # W^-1, where the inputs are not white
+    kept: np.ndarray[tuple[int, int], np.dtype[np.float64]]  # energy of the first p x q directions
+
+    @classmethod
+    def of(
+        cls,
+        share: Share,
+        a_doi: Tensor,
+        covariances_dii: Tensor | None,
+        scales_d: Tensor,
+        n_numbers: int,
+        max_rank: int,
+    ) -> "Spectrum":
+        """`max_rank`: what the domains' ranks add up to at most."""
+        n_domains, o, i = a_doi.shape
+        limits = min(o, n_domains * i, max_rank), min(i, n_domains * o, max_rank)
+        if covariances_dii is not None:
+            covariances_dii = covariances_dii + RIDGE * _mean_variance(covariances_dii)
+        x_doi, unroot_ii = _weighted(share, a_doi, covariances_dii, scales_d)
+        left_oo, right_ii = torch.eye(o).to(a_doi), torch.eye(i).to(a_doi)
+        if share != "input":
+            left_oo = _directions((x_doi @ x_doi.mT).sum(0))
+        if share != "output":
+            right_ii = _directions((x_doi.mT @ x_doi).sum(0))
+        energies_oi = (left_oo.mT @ x_doi @ right_ii).square().sum(0)
+        kept = energies_oi.cumsum(0).cumsum(1).cpu().numpy()
+        return cls(
+            share, a_doi, covariances_dii, scales_d, n_numbers, limits,
+            left_oo, right_ii, unroot_ii, kept,
+        )  # fmt: skip
+
+    def cost(self, directions: Directions) -> int:
+        """Numbers of the shared factors and of every domain's own."""
+        if directions == AS_IT_WAS:
+            return self.n_numbers
+        return int(self._costs(np.array([directions]))[0])
+
+    def _costs(self, directions: Pairs) -> Pairs:
+        n_domains, o, i = self.a_doi.shape
+        p, q = directions[:, 0], directions[:, 1]
+        if self.share == "output":
+            return p * (o + n_domains * i)
+        if self.share == "input":
+            return q * (i + n_domains * o)
+        return o * p + q * i + n_domains * p * q
+
+    def menu(self) -> Menu:
+        """Everything that costs less than the site as it was, and that."""
+        _, o, i = self.a_doi.shape
+        rows = [o] if self.share == "input" else range(1, self.limits[0] + 1)
+        columns = [i] if self.share == "output" else range(1, self.limits[1] + 1)
+        pairs = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
+        pairs = pairs[self._costs(pairs) < self.n_numbers]
+        energies = self.kept[pairs[:, 0] - 1, pairs[:, 1] - 1]
+        return Menu(
+            np.append(self._costs(pairs), self.n_numbers).astype(np.float64),
+            np.append(energies, self.kept[-1, -1]),
+            np.append(pairs, [AS_IT_WAS], axis=0),
+        )
+
+    def fraction(self, fraction: float) -> Directions:
+        """The same share of the possible directions on every shared side, one at least."""
+        p, q = (max(1, round(fraction * limit)) for limit in self.limits)
+        _, o, i = self.a_doi.shape
+        return {"output": (p, i), "input": (o, q), "both": (p, q)}[self.share]
+
+    def factors(self, directions: Directions) -> dict[str, Tensor]:
+        """The shared factors, orthonormal where the inputs are white."""
+        p, q = directions
+        right_ri = self.right_ii[:, :q].mT
+        if self.unroot_ii is not None:
+            right_ri = right_ri @ self.unroot_ii
+        found = {LEFT: self.left_oo[:, :p], RIGHT: right_ri}
+        unshared = {"output": RIGHT, "input": LEFT, "both": ""}[self.share]
+        return {name: factor for name, factor in found.items() if name != unshared}
+
+    def own_factors(self, factors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The best own factor of every domain over `factors`."""
+        return own_factors(self.a_doi, factors, self.covariances_dii)
+
+    def error(self, factors: Mapping[str, Tensor], own: list[Tensor]) -> float:
+        """Root of the outputs' squared error over their energy: 0 exact, 1 nothing left."""
+        lost_doi = torch.stack([product(factors, g) for g in own]) - self.a_doi
+        energy = float(self._energy(self.a_doi))
+        return (float(self._energy(lost_doi)) / energy) ** 0.5 if energy else 0.0
+
+    def _energy(self, d_doi: Tensor) -> Tensor:
+        x_doi = d_doi if self.covariances_dii is None else d_doi @ self.covariances_dii
+        return ((x_doi * d_doi).sum((1, 2)) * self.scales_d).sum().clamp_min(0)
+
+
+def own_factors(
+    a_doi: Tensor, factors: Mapping[str, Tensor], covariances_dii: Tensor | None
+) -> list[Tensor]:
+    """Every G_t that minimises the error of A_t = L G_t R's outputs: least squares, both sides."""
+    g_drs = torch.linalg.pinv(factors[LEFT]) @ a_doi if LEFT in factors else a_doi
+    if RIGHT in factors and covariances_dii is None:
+        g_drs = g_drs @ torch.linalg.pinv(factors[RIGHT])
+    elif RIGHT in factors and covariances_dii is not None:
+        r_ri = factors[RIGHT]
+        seen_dri = r_ri @ covariances_dii
+        g_drs = torch.linalg.lstsq(seen_dri @ r_ri.mT, seen_dri @ g_drs.mT).solution.mT
+    return list(g_drs)
+
+
+def product(factors: Mapping[str, Tensor], g: Tensor) -> Tensor:
+    """L G R, of the factors that there are."""
+    a_oi = factors[LEFT] @ g if LEFT in factors else g
+    return a_oi @ factors[RIGHT] if RIGHT in factors else a_oi
+
+
+def choose(menus: Mapping[str, Menu], budget: int) -> dict[str, Directions] | None:
+    """The directions of every site that keep the most energy within `budget` numbers, or None.
+
+    Each site starts at its cheapest entry; then the step of the most energy for its numbers is
+    taken, over all sites, along the upper convex hull of each menu, where steps get ever worse. A
+    site whose next step does not fit takes the best entry that does.
+    """
+    hulls = {site: _hull(menu) for site, menu in menus.items()}
+    at = dict.fromkeys(menus, 0)
+    chosen = {site: hull[0] for site, hull in hulls.items()}
+    budget -= sum(int(menus[site].numbers[place]) for site, place in chosen.items())
+    if budget < 0:
+        return None
+    steps = [_step(site, menus[site], hull, 0) for site, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, site = heapq.heappop(steps)
+        menu, hull, here = menus[site], hulls[site], chosen[site]
+        there = hull[at[site] + 1]
+        price = int(menu.numbers[there] - menu.numbers[here])
+        if price <= budget:
+            at[site] += 1
+            if at[site] + 1 < len(hull):
+                heapq.heappush(steps, _step(site, menu, hull, at[site]))
+        else:
+            there = _best_within(menu, menu.numbers[here] + budget)
+            price = int(menu.numbers[there] - menu.numbers[here])
+        budget, chosen[site] = budget - price, there
+    return {site: menus[site].pair(place) for site, place in chosen.items()}
+
+
+def _step(site: str, menu: Menu, hull: list[int], k: int) -> tuple[float, str]:
+    gain = menu.energies[hull[k + 1]] - menu.energies[hull[k]]
+    return -float(gain / (menu.numbers[hull[k + 1]] - menu.numbers[hull[k]])), site
+
+
+def _best_within(menu: Menu, numbers: float) -> int:
+    fits = np.flatnonzero(menu.numbers <= numbers)
+    return int(fits[np.lexsort((menu.numbers[fits], -menu.energies[fits]))[0]])
+
+
+def _hull(menu: Menu) -> list[int]:
+    """Places in the menu on the upper convex hull of energy over numbers, the cheapest first."""
+    order = np.lexsort((-menu.energies, menu.numbers))
+    best = np.maximum.accumulate(menu.energies[order])
+    better = np.flatnonzero(np.diff(best, prepend=-np.inf) > 0)
+    hull: list[int] = []
+    for place in order[better].tolist():
+        while len(hull) > 1 and _slope(menu, hull[-2], hull[-1]) <= _slope(menu, hull[-1], place):
+            hull.pop()
+        hull.append(place)
+    return hull
+
+
+def _slope(menu: Menu, a: int, b: int) -> float:
+    return float((menu.energies[b] - menu.energies[a]) / (menu.numbers[b] - menu.numbers[a]))
+
+
+def _directions(gram: Tensor) -> Tensor:
+    """Orthonormal columns, those of the most energy first."""
+    return torch.linalg.eigh(gram).eigenvectors.flip(-1)
+
+
+def _mean_variance(covariances_dii: Tensor) -> Tensor:
+    """(d, i, i): every domain's mean variance on the diagonal; 1 where nothing was active."""
+    mean_d = covariances_dii.diagonal(dim1=1, dim2=2).mean(1)
+    mean_d = torch.where(mean_d > 0, mean_d, torch.ones_like(mean_d))
+    return mean_d[:, None, None] * torch.eye(covariances_dii.shape[-1]).to(covariances_dii)
+
+
+def _weighted(
+    share: Share, a_doi: Tensor, covariances_dii: Tensor | None, scales_d: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """X_t, and W^-1 where the right directions need it: one W for all domains then."""
+    x_doi = a_doi * scales_d.sqrt()[:, None, None]
+    if covariances_dii is None:
+        return x_doi, None
+    if share == "output":
+        return x_doi @ torch.stack([_power(c_ii, 0.5) for c_ii in covariances_dii]), None
+    pooled_ii = (covariances_dii * scales_d[:, None, None]).sum(0) / scales_d.sum()
+    return x_doi @ _power(pooled_ii, 0.5), _power(pooled_ii, -0.5)
+
+
+def _power(c_ii: Tensor, power: float) -> Tensor:
+    """C^power of a symmetric C with positive eigenvalues."""
+    values_i, vectors_ii = torch.linalg.eigh(c_ii)
+    # rounding may take an eigenvalue below the ridge that was added to it
+    values_i = values_i.clamp_min(RIDGE / 10 * float(values_i.mean()))
+    return (vectors_ii * values_i**power) @ vectors_ii.mT

@@ -1,0 +1,112 @@
+"""compress as a user types it: a new bank with one basis, the old as it was, nothing half-made."""
+
+import json
+
+import pytest
+
+import onetrunk as ot
+import onetrunk.cli.compressing as compressing
+from onetrunk.bank.bank import Bank
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A bank with three parallel domains, and one linear probe that cannot be factored."""
+    net = ot.backbone("resnet26(width=0.25)", pretrained=False)
+    bank = Bank.create(tmp_path_factory.mktemp("banks") / "a.bank", net)
+    for seed, name in enumerate(("stripes", "signs", "digits")):
+        family = ot.Parallel(init="released")
+        bank.add(
+            name,
+            ot.attach(net, family, ["across", "down"], input_size=(3, 32, 32), seed=seed),
+        )
+    bank.add("probe", ot.attach(net, ot.Head(), ["a", "b"], input_size=(3, 32, 32)))
+    return bank.path
+
+
+def files(path):
+    return {p.name: p.read_bytes() for p in path.rglob("*") if p.is_file() and p.suffix != ".lock"}
+
+
+def test_domains_get_one_basis_and_the_old_bank_stays(run, stored, tmp_path):
+    before, out = files(stored), tmp_path / "half.bank"
+    done = run("compress", stored, "--keep", 0.5, "--out", out, "--json")
+    assert done.status == 0, done.err
+    report = json.loads(done.out)
+    assert report["numbers_after"] <= 0.5 * report["numbers_before"]
+    assert "no adapters to factor" in report["domains"]["probe"]["note"]
+    new = Bank.open(out)
+    assert list(new.domains) == ["stripes", "signs", "digits", "probe"]
+    assert new.verify().ok
+    assert len(list((out / "blobs").glob("*.safetensors"))) == 4 + 1 + 1  # domains, trunk, basis
+    assert new.basis_bytes == report["basis_bytes"] > 0
+    assert files(stored) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["half.bank"]
+
+
+def test_with_data_it_measures_tunes_and_draws(run, stored, photos, tmp_path):
+    out = tmp_path / "half.bank"
+    done = run(
+        "compress", stored, "--keep", 0.3, "--out", out, "--tune", f"stripes={photos}",
+        "--epochs", 1, "--share", "both", "--json",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    row = json.loads(done.out)["domains"]["stripes"]
+    assert all(0 <= row[key] <= 1 for key in ("before", "compressed", "tuned"))
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "errors are those of the matrices" in done.err
+    assert Bank.open(out).domains["stripes"].metrics["test_accuracy"] == row["tuned"]
+
+
+def test_a_loss_instead_of_a_size(run, stored, photos, tmp_path):
+    out = tmp_path / "b.bank"
+    done = run(
+        "compress", stored, "--max-loss", 0.5, "--out", out, "--data", f"stripes={photos}",
+        "--no-picture", "--json",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    row = json.loads(done.out)["domains"]["stripes"]
+    assert row["tuned"] is None
+    assert row["compressed"] >= row["before"] - 0.5 - 0.34  # the loss is on validation images
+
+
+def test_a_stop_leaves_nothing(run, stored, tmp_path, monkeypatch):
+    def stopping(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compressing, "_add", stopping)
+    assert run("compress", stored, "--keep", 0.5, "--out", tmp_path / "b.bank").status == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "either --keep 0.5 or --max-loss 0.01"),
+        (("--keep", 0.5, "--max-loss", 0.1), "either --keep 0.5 or --max-loss 0.01"),
+        (("--max-loss", 0.1), "--max-loss needs validation images"),
+        (("--max-loss", 0.1, "--uniform"), "--uniform goes with --keep"),
+        (("--keep", 0.5, "--tune", "stripes"), "write DOMAIN=SOURCE"),
+        (("--keep", 0.5, "--data", "cats=photos"), "data was given for domain 'cats'"),
+        (("--keep", 0.5, "--share", "left"), "share='left': the shared side is one of"),
+        (("--keep", 0.0001), "Keep 0.0"),
+        (("--keep", 2), "give a share above 0 and up to 1"),
+    ],
+)
+def test_bad_requests_are_refused_and_nothing_is_written(run, stored, tmp_path, words, message):
+    refused = run("compress", stored, "--out", tmp_path / "b.bank", *words)
+    assert refused.status == 1
+    assert message in refused.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bank_in_the_way_and_one_without_adapters_are_refused(run, stored, tmp_path):
+    refused = run("compress", stored, "--keep", 0.5, "--out", stored)
+    assert "is there already. Give another folder" in refused.err
+    net = ot.backbone("resnet26(width=0.25)", pretrained=False)
+    bank = Bank.create(tmp_path / "empty.bank", net)
+    refused = run("compress", bank.path, "--keep", 0.5, "--out", tmp_path / "b.bank")
+    assert "has no domains. Train some first" in refused.err
+    bank.add("probe", ot.attach(net, ot.Head(), ["a", "b"], input_size=(3, 32, 32)))
+    refused = run("compress", bank.path, "--keep", 0.5, "--out", tmp_path / "b.bank")
+    assert "none of the 1 domains has series, parallel or low-rank adapters" in refused.err
