@@ -1,8 +1,12 @@
 """A cell: the same tuning for every method, resumed and never computed twice, test scored once."""
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import onetrunk.benchmark.cells as cells_module
 from onetrunk.benchmark.cells import Cell, Trunk, run_cell, subset
@@ -16,6 +20,38 @@ TINY = Protocol(
     images=16, val_images=12, size_px=16, epochs=2, trial_epochs=1, batch_size=8, tune_epochs=1
 )
 TRUNK = Trunk("resnet26(width=0.125)")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory) -> Path:
+    """stripes (across, down) and shades (dark, light): train, val and test of each class."""
+    root, rng = tmp_path_factory.mktemp("domains"), np.random.default_rng(0)
+    counts = {"train": 12, "val": 6, "test": 6}
+    for domain, classes in (("stripes", ("across", "down")), ("shades", ("dark", "light"))):
+        for split, count in counts.items():
+            for name in classes:
+                folder = root / domain / split / name
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    Image.fromarray(picture(name, rng)).save(folder / f"{number}.png")
+    return root
+
+
+def picture(kind: str, rng: np.random.Generator) -> np.ndarray:
+    noise = rng.normal(0, 20, (20, 20))
+    if kind in ("dark", "light"):
+        return np.clip(noise + (60 if kind == "dark" else 190), 0, 255).astype(np.uint8)
+    wave = 127 + 90 * np.sin(np.arange(20) + rng.uniform(0, 6))
+    grey = np.tile(wave, (20, 1))
+    return np.clip((grey.T if kind == "across" else grey) + noise, 0, 255).astype(np.uint8)
 
 
 @pytest.fixture

@@ -283,7 +283,7 @@ def test_equal_values_have_one_written_form() -> None:
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("papper", SpecError, "unknown recipe 'papper'.*default, paper, released.*mean 'paper'"),
+        ("papper", SpecError, "unknown recipe 'papper'.*default, paper, pretrain, released.*mean 'paper'"),
         ("paper(lr=0.1", SpecError, "cannot read recipe"),
         ("paper(0.1)", SpecError, "cannot read recipe"),
         ("paper(lr=open('x'))", SpecError, "cannot read recipe"),
@@ -299,6 +299,6 @@ def test_what_cannot_be_read_says_why(text: str, error: type[Exception], message
 
 
 def test_recipes_are_named_and_frozen() -> None:
-    assert set(RECIPES) == {"default", "paper", "released"}
+    assert set(RECIPES) == {"default", "paper", "pretrain", "released"}
     with pytest.raises(dataclasses.FrozenInstanceError):
         PAPER.lr = 1.0  # type: ignore[misc]

@@ -1,8 +1,8 @@
-"""Pretraining: the backbone itself, every weight trained, with or without series adapters in place.
+"""Pretraining: the backbone itself, every weight trained, with series adapters in place or not.
 
-Rebuffi et al. pretrain with series adapters where series adapters are to be used later (they must be
-there from the start), and without where parallel ones are (they plug in afterwards). What is kept is
-the backbone alone: its filters, norms and classifier; the adapters of the base domain are not.
+Rebuffi et al. pretrain with series adapters where series adapters are to be used later (they must
+be there from the start), and without where parallel ones are (they plug in afterwards). What is
+kept is the backbone alone: its filters, norms and classifier, not the base domain's adapters.
 """
 
 from collections.abc import Mapping, Sequence
