@@ -6,7 +6,7 @@ from ..core.allocate import allocate, uniform
 from ..core.plan import Plan
 from ..training.probe import linear_probe
 from ..training.sensitivity import By, sensitivity
-from .methods import Setting
+from .setting import Setting
 
 
 @functools.lru_cache(maxsize=2)  # a cell's trials share one plan

@@ -29,8 +29,9 @@ from ..training.fit import fit
 from ..training.probe import linear_probe
 from ..training.recipe import Recipe
 from .ledger import Ledger, digest_of
-from .methods import Lora, Placed, Scratch, Setting, Trained, read_method
+from .methods import Lora, Placed, Scratch, Trained, read_method
 from .protocol import Protocol
+from .setting import Setting
 
 FORMAT = 1  # of what a key is made of: raised where the same key would mean another computation
 

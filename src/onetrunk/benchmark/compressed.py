@@ -21,7 +21,8 @@ from ..training.evaluate import evaluate
 from ..training.fit import fit
 from .cells import Cell, bank_name, bank_path, figures, setting_of, train_again
 from .ledger import Ledger, digest_of
-from .methods import Compressed, Setting, read_method
+from .methods import Compressed, read_method
+from .setting import Setting
 
 FACTORS = (0.1, 0.5)  # on the recipe's learning rates: what is tuned is trained already
 N_IMAGES = 128  # a domain, for the covariances of its activations

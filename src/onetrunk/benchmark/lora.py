@@ -15,7 +15,7 @@ from ..core.adapters import Norm
 from ..core.attach import Adapted, domain_of
 from ..core.tree import is_norm
 from ..errors import MissingExtraError
-from .methods import Setting
+from .setting import Setting
 
 
 def peft_lora(setting: Setting, twin: nn.Module, *, train_norms: bool) -> nn.Module:

@@ -26,44 +26,16 @@ from torch import nn
 from .. import written
 from ..backbones.written_form import build_empty, written_form
 from ..core.adapters import FAMILIES, Family, Full, read_family
-from ..core.attach import attach
 from ..core.plan import Where
-from ..data import Prepared, Preprocessing
 from ..errors import AttachError, SpecError
 from ..training.sensitivity import DEFAULT, By
+from .allocated import allocated_plan, uniform_plan
+from .lora import peft_lora
+from .setting import Setting
 
 Group = Literal["reference", "adapters", "budgeted", "compressed", "rival"]
 STAGES = ("early", "mid", "late")
 CONVS = ("first", "second")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a method starts from in one cell."""
-
-    backbone: nn.Module
-    classes: tuple[str, ...]
-    preprocessing: Preprocessing
-    train: Prepared
-    val: Prepared
-    seed: int
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        side = self.preprocessing.size_px
-        return self.preprocessing.channels, side, side
-
-    def attach(self, family: Any, where: Where | None = None) -> nn.Module:
-        """A fresh domain of this cell's classes."""
-        return attach(
-            self.backbone,
-            family,
-            self.classes,
-            where=where,
-            preprocessing=self.preprocessing,
-            input_size=self.input_size,
-            seed=self.seed,
-        )
 
 
 @dataclass(frozen=True)
@@ -124,8 +96,6 @@ class Allocate:
         return written.write("allocate", {"budget": self.budget, **_changed(self, "by")})
 
     def make(self, setting: Setting) -> nn.Module:
-        from .allocated import allocated_plan
-
         return setting.attach(allocated_plan(setting, self.budget, self.by))
 
 
@@ -140,8 +110,6 @@ class Uniform:
         return written.write("uniform", {"budget": self.budget})
 
     def make(self, setting: Setting) -> nn.Module:
-        from .allocated import uniform_plan
-
         return setting.attach(uniform_plan(setting, self.budget))
 
 
@@ -157,8 +125,6 @@ class Lora:
         return written.write("lora", {"like": self.like, **_changed(self, "norms")})
 
     def make(self, setting: Setting) -> nn.Module:
-        from .lora import peft_lora
-
         twin = read_method(self.like)
         assert isinstance(twin, Placed)
         return peft_lora(setting, twin.make(setting), train_norms=self.norms)
