@@ -283,7 +283,7 @@ def test_equal_values_have_one_written_form() -> None:
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("papper", SpecError, "unknown recipe 'papper'.*default, paper, pretrain, released.*mean 'paper'"),
+        ("papper", SpecError, "unknown recipe 'papper'.*paper, pretrain, released.*mean 'paper'"),
         ("paper(lr=0.1", SpecError, "cannot read recipe"),
         ("paper(0.1)", SpecError, "cannot read recipe"),
         ("paper(lr=open('x'))", SpecError, "cannot read recipe"),
