@@ -44,10 +44,14 @@ class Placed:
 
     family: Family
     at: str = ""
-    group: ClassVar[Group] = "adapters"
 
     def __str__(self) -> str:
         return f"{self.family}@{self.at}" if self.at else str(self.family)
+
+    @property
+    def group(self) -> Group:
+        """What its colour says: linear probe and fine-tuning are what adapters are held against."""
+        return "adapters" if self.family.scope == "adapters" else "reference"
 
     def make(self, setting: Setting) -> nn.Module:
         return setting.attach(self.family, self._where())
