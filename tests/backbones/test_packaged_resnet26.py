@@ -9,7 +9,7 @@ import torch
 
 import onetrunk as ot
 from onetrunk.backbones import packaged
-from onetrunk.backbones.written_form import read_weights
+from onetrunk.backbones.written_form import is_untrained, read_weights
 from onetrunk.bank.bank import Bank
 from onetrunk.data import load
 from onetrunk.data.preprocessing import Preprocessing
@@ -61,3 +61,17 @@ def test_it_classifies_its_base_domain_as_its_card_says():
         found = net(seen.evaluation_view(x_bchw)).argmax(1)
     accuracy = float((found == few.labels).double().mean())
     assert accuracy == pytest.approx(card["test_accuracy"], abs=0.06)  # of a fifth of the images
+
+
+@pytest.mark.parametrize(
+    ("form", "weights", "expected"),
+    [
+        (FORM, None, False),
+        ("resnet26(width=0.5, num_classes=100)", None, False),
+        ("resnet26(width=1.0)", None, True),
+        ("resnet26(width=1.0)", "trunk.safetensors", False),
+        ("timm:test_resnet", None, False),
+    ],
+)
+def test_which_names_bring_random_weights_is_known(form, weights, expected):
+    assert is_untrained(form, weights) is expected

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import onetrunk.benchmark.cells as cells_module
-from onetrunk.benchmark.cells import Cell, Trunk, run_cell, subset
+from onetrunk.bank.names import is_name
+from onetrunk.benchmark.cells import Cell, Trunk, bank_name, run_cell, subset
 from onetrunk.benchmark.ledger import Ledger
 from onetrunk.benchmark.protocol import Protocol
 from onetrunk.benchmark.study import Study, domains_in, known, run
@@ -177,6 +178,13 @@ def test_two_processes_compute_what_one_does(make_study, tmp_path):
     both = run(other, workers=2).records
     accuracies = [{r["domain"]: r["test_accuracy"] for r in records} for records in (alone, both)]
     assert accuracies[0] == accuracies[1]
+
+
+def test_domains_of_a_bank_keep_apart_names_that_differ_in_more_than_a_bank_allows():
+    names = ("flowers", "Flowers", "flowers!", "flowers ", "Ж")
+    assert bank_name("flowers") == "flowers"
+    assert len({bank_name(name) for name in names}) == len(names)
+    assert all(is_name(bank_name(name)) for name in (*names, "x" * 200))
 
 
 def test_folders_that_hold_no_domains_are_refused(domains, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 import onetrunk.cli.pretraining as pretraining_module
 from onetrunk.bank.bank import Bank
+from onetrunk.cli.console import Screen
 
 FORM = "resnet26(width=0.25)"
 
@@ -44,6 +45,17 @@ def test_a_stopped_pretraining_goes_on_with_resume_only(run, photos, tmp_path, m
     assert "is a pretraining that was stopped. Go on with --resume" in refused.err
     assert run(*words(photos, out, "--resume")).status == 0
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_of_several_processes_one_talks(capsys):
+    beside = Screen(quiet=True)
+    beside.say("epoch 1")
+    beside.warn("odd")
+    beside.table(("name",), [("flowers",)])
+    with beside.bar("pretraining") as show:
+        show(1, 2)
+    beside.finish({})
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_file_is_never_overwritten(run, photos, tmp_path):

@@ -290,6 +290,13 @@ def _same_architecture(module: nn.Module, form: str) -> bool:
     return str(twin) == str(module) and shapes == {n: t.shape for n, t in twin.state_dict().items()}
 
 
+def is_untrained(form: str, weights: str | Path | None = None) -> bool:
+    """Whether `backbone(form, weights=weights)` is a ResNet-26 with random weights."""
+    read = read_form(form)
+    ours = (read.source, read.name) == ("", "resnet26")
+    return ours and weights is None and not packaged.holds(read.source, read.name, read.options)
+
+
 def build_empty(form: str) -> nn.Module:
     """The architecture of a written form with unset weights, for a bank to fill."""
     read = read_form(form)

@@ -19,6 +19,7 @@ from torch import nn
 from ..backbones import backbone as build_backbone
 from ..backbones import fingerprint
 from ..bank.bank import Bank
+from ..bank.names import is_name, suggest
 from ..core.attach import delta, domain_of
 from ..core.change import relative_change
 from ..core.cost import cost
@@ -272,8 +273,10 @@ def store(
 
 
 def bank_name(domain: str) -> str:
-    """A folder's name as a bank takes it."""
-    return "".join(c if c.isalnum() or c in "_-" else "-" for c in domain.lower())[:64]
+    """A folder's name as a bank takes it; one that has to change gets a digest of its own."""
+    if is_name(domain):
+        return domain
+    return f"{suggest(domain)[:55] or 'domain'}-{digest_of({'domain': domain})[:8]}"
 
 
 def setting_of(cell: Cell) -> Setting:

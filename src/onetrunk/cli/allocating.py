@@ -21,7 +21,7 @@ from ..files import read_checked, reason, write_atomically
 from ..pictures import draw_site_map, need_matplotlib
 from ..training.fit import fit
 from ..training.sensitivity import By, sensitivity
-from .console import Screen
+from .console import Screen, followed
 from .training import Ready, Request, attached, prepare, probe, train_ready
 
 MAX_PLAN_BYTES = 1 << 24
@@ -131,8 +131,8 @@ def _trained_in_full(bank: Bank, request: Request, ready: Ready, screen: Screen)
             model, ready.parts["train"], request.recipe, val=ready.parts["val"],
             device=request.device,
         )  # fmt: skip
-        for step in steps:
-            show(step.step, step.n_steps, f"loss {step.loss:.3f}")
+        for _ in followed(steps, show):
+            pass
     return model
 
 

@@ -13,7 +13,7 @@ import typer
 
 from ..errors import BankError, OnetrunkError
 from .benchmarking import benchmark
-from .console import Screen, percent, size
+from .console import UNTRAINED, Screen, percent, size
 
 if TYPE_CHECKING:
     from ..bank.bank import Bank, Card
@@ -132,7 +132,7 @@ def pretrain(
         resume=resume,
         device=device,
     )
-    screen.finish(run(request, screen))
+    run(request, screen)
 
 
 @app.command()
@@ -155,6 +155,7 @@ def new(
     Example: onetrunk new garden.bank --backbone timm:resnet18.a1_in1k
     """
     from ..backbones import backbone as build_backbone
+    from ..backbones.written_form import is_untrained
     from ..bank.bank import Bank
 
     screen = Screen(as_json)
@@ -165,11 +166,8 @@ def new(
         )
     made = Bank.create(bank, build_backbone(backbone, weights=weights), by_reference=by_reference)
     screen.say(f"{bank}: {made.backbone_form}, fingerprint {made.backbone_fingerprint[:12]}")
-    if made.backbone_form.startswith("resnet26") and not _trained(backbone, weights):
-        screen.warn(
-            "only resnet26(width=0.5) comes with weights: this backbone is untrained. Give "
-            "--weights FILE, or make one with onetrunk pretrain."
-        )
+    if is_untrained(backbone, weights):
+        screen.warn(UNTRAINED)
     screen.finish(
         {
             "bank": str(bank),
@@ -594,14 +592,6 @@ def export(
     fits = report["architecture"]
     screen.say(f"loads into {fits}" if fits else "norms are folded: no stock architecture fits it")
     screen.finish({"domain": domain, **report})
-
-
-def _trained(form: str, weights: Path | None) -> bool:
-    from ..backbones import packaged
-    from ..backbones.written_form import read_form
-
-    read = read_form(form)
-    return weights is not None or packaged.holds(read.source, read.name, read.options)
 
 
 def _open(path: Path) -> "Bank":

@@ -29,7 +29,7 @@ from ..training.evaluate import evaluate
 from ..training.examples import preprocessing_of
 from ..training.fit import fit
 from ..training.recipe import Recipe
-from .console import Screen, percent, size
+from .console import Screen, followed, percent, size
 
 KEEPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)  # budgets of the picture
 N_SEEN = 128  # training images, without their labels, that activations are taken from
@@ -274,8 +274,9 @@ def _accuracy(model: nn.Module, images: Prepared, what: str, screen: Screen) -> 
 def _tune(name: str, model: nn.Module, data: Parts, request: Request, screen: Screen) -> None:
     """Trains the domain's own factors, norms and head in place; its basis stays."""
     with screen.bar(f"tuning {name}") as show:
-        for step in fit(model, data.train, Recipe(epochs=request.epochs), val=data.val):
-            show(step.step, step.n_steps, f"loss {step.loss:.3f}")
+        steps = fit(model, data.train, Recipe(epochs=request.epochs), val=data.val)
+        for _ in followed(steps, show):
+            pass
 
 
 def _curve(

@@ -4,9 +4,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +18,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from ..training.fit import Step
+
+
+UNTRAINED = (
+    "only resnet26(width=0.5) comes with weights: this backbone is untrained. Give --weights FILE, "
+    "or make one with onetrunk pretrain."
+)
+
 
 class Bar(Protocol):
     """A running progress bar."""
@@ -27,12 +36,14 @@ class Bar(Protocol):
 
 
 class Screen:
-    """Where a command writes. With `as_json` only the final value goes out, as JSON."""
+    """Where a command writes. With `as_json` only the final value goes out, as JSON; `quiet` is
+    for a process beside the one that talks.
+    """
 
-    def __init__(self, as_json: bool = False) -> None:
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
-        self.out = Console(soft_wrap=True, highlight=False)
-        self.err = Console(stderr=True, soft_wrap=True, highlight=False)
+        self.out = Console(soft_wrap=True, highlight=False, quiet=quiet)
+        self.err = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
 
     def say(self, text: str = "") -> None:
         """One line for a person."""
@@ -93,6 +104,16 @@ class Screen:
             yield show
         finally:
             progress.stop()
+
+
+def followed(steps: Iterable["Step"], show: Bar) -> Iterator["Step"]:
+    """The steps of a training, each shown on a bar with its loss and the best accuracy so far."""
+    best = 0.0
+    for step in steps:
+        best = max(best, step.val_accuracy or 0.0)
+        known = f", best {percent(best)}" if best else ""
+        show(step.step, step.n_steps, f"loss {step.loss:.3f}{known}")
+        yield step
 
 
 def percent(share: float) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import Screen, percent
+from .console import UNTRAINED, Screen, percent
 
 if TYPE_CHECKING:
     from ..benchmark.decathlon import Report
@@ -54,6 +54,7 @@ def decathlon(
     import dataclasses
 
     from ..backbones import backbone as build_backbone
+    from ..backbones.written_form import is_untrained
     from ..benchmark.decathlon import Settings, conclude, read_devkit, train
     from ..core.adapters import read_family
     from ..training.recipe import read_recipe
@@ -73,8 +74,8 @@ def decathlon(
         counts = f"{len(files.train)} train, {len(files.val)} val, {len(files.test)} test"
         screen.say(f"{name}: {len(files.classes)} classes, images: {counts}")
     network = build_backbone(backbone, weights=weights)
-    if backbone.startswith("resnet26") and weights is None:
-        screen.warn("no --weights: this backbone is untrained, and the score will be low.")
+    if is_untrained(backbone, weights):
+        screen.warn(UNTRAINED)
     with screen.bar("training") as show:
         done: dict[str, tuple[int, int]] = {}
         for name, step in train(kit, network, settings, out):

@@ -4,7 +4,6 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from ..training.evaluate import evaluate
 from ..training.fit import fit
 from ..training.pretrain import pretraining, write_trunk
 from ..training.recipe import Recipe
-from .console import Screen, percent, size
+from .console import Screen, followed, percent, size
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,10 @@ class Request:
     device: str | None = None
 
 
-def pretrain(request: Request, screen: Screen) -> dict[str, Any]:
+def pretrain(request: Request, screen: Screen) -> None:
     """Trains, evaluates on validation and test images, writes the file; a killed run goes on.
+
+    Of several processes the first one talks and writes.
 
     Raises:
         OnetrunkError: of the room that refuses; `out` is then as it was.
@@ -49,7 +50,9 @@ def pretrain(request: Request, screen: Screen) -> dict[str, Any]:
     with join() as world:
         if world.leads:
             _make_way(request, checkpoint, screen)
-        return _pretrain(request, checkpoint, screen, world)
+        else:
+            screen = Screen(quiet=True)
+        _pretrain(request, checkpoint, screen, world)
 
 
 def _make_way(request: Request, checkpoint: Path, screen: Screen) -> None:
@@ -63,7 +66,7 @@ def _make_way(request: Request, checkpoint: Path, screen: Screen) -> None:
         screen.say("nothing to resume: starting from the beginning")
 
 
-def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) -> dict[str, Any]:
+def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) -> None:
     started = time.monotonic()
     splits = load(request.data).with_validation()
     fresh = build_backbone(request.backbone, pretrained=False, weights=request.weights)
@@ -81,12 +84,11 @@ def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) 
         fresh, splits.classes, request.adapter, preprocessing=preprocessing,
         seed=request.recipe.seed,
     )  # fmt: skip
-    if world.leads:
-        screen.say(
-            f"{request.backbone}, {domain_of(model).family}: {len(splits.classes)} classes, "
-            f"{len(data['train'])} images of {preprocessing.size_px} px, "
-            f"{request.recipe.n_epochs(len(data['train']))} epochs, {world.size} process(es)"
-        )
+    screen.say(
+        f"{request.backbone}, {domain_of(model).family}: {len(splits.classes)} classes, "
+        f"{len(data['train'])} images of {preprocessing.size_px} px, "
+        f"{request.recipe.n_epochs(len(data['train']))} epochs, {world.size} process(es)"
+    )
     _train(model, data, request, checkpoint, screen)
     accuracies = {
         f"{name}_accuracy": evaluate(model, data[name]).accuracy for name in data if name != "train"
@@ -104,20 +106,16 @@ def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) 
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), {world.size} "
         f"process(es), torch {torch.__version__}",
     }
-    report = {
-        **card,
-        "out": str(request.out),
-        "epochs": request.recipe.n_epochs(len(data["train"])),
-    }
     if not world.leads:
-        return report
+        return
     n_bytes = write_trunk(request.out, model, card, half=request.half)
     checkpoint.unlink(missing_ok=True)
     for name, accuracy in accuracies.items():
         screen.say(f"  {name.replace('_', ' ')} {percent(accuracy)}")
     screen.say(f"{request.out}: {size(n_bytes)}, {card['seconds']} s")
     screen.say(f'use it: onetrunk new BANK --backbone "{request.backbone}" --weights {request.out}')
-    return {**report, "bytes": n_bytes}
+    epochs = request.recipe.n_epochs(len(data["train"]))
+    screen.finish({**card, "out": str(request.out), "epochs": epochs, "bytes": n_bytes})
 
 
 def _train(
@@ -127,7 +125,6 @@ def _train(
     checkpoint: Path,
     screen: Screen,
 ) -> None:
-    best = 0.0
     with screen.bar("pretraining") as show:
         steps = fit(
             model,
@@ -137,10 +134,7 @@ def _train(
             checkpoint=checkpoint,
             device=request.device,
         )
-        for step in steps:
-            best = max(best, step.val_accuracy or 0.0)
-            known = f", best {percent(best)}" if best else ""
-            show(step.step, step.n_steps, f"loss {step.loss:.3f}{known}")
+        for step in followed(steps, show):
             if step.val_accuracy is not None and not screen.err.is_terminal:
                 screen.say(
                     f"  epoch {step.epoch}: loss {step.loss:.3f}, "

@@ -21,7 +21,7 @@ from ..training.fit import fit
 from ..training.probe import linear_probe
 from ..training.recipe import Recipe
 from ..training.size import sensible_size
-from .console import Screen, percent, size
+from .console import Screen, followed, percent, size
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,6 @@ def _fit(
         checkpoint.unlink()
     elif request.resume and not checkpoint.exists():
         screen.say("  nothing to resume: starting from the beginning")
-    best = 0.0
     with screen.bar(f"training {request.domain}") as show:
         steps = fit(
             model,
@@ -239,10 +238,8 @@ def _fit(
             checkpoint=checkpoint,
             device=request.device,
         )
-        for step in steps:
-            best = max(best, step.val_accuracy or 0.0)
-            known = f", best {percent(best)}" if best else ""
-            show(step.step, step.n_steps, f"loss {step.loss:.3f}{known}")
+        for _ in followed(steps, show):
+            pass
 
 
 def _store(bank: Bank, request: Request, trained: Trained) -> None:
