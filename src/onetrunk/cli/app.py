@@ -14,6 +14,24 @@ import typer
 from ..errors import BankError, OnetrunkError
 from .benchmarking import benchmark
 from .console import UNTRAINED, Screen, percent, size
+from .options import (
+    AsJson,
+    BankPath,
+    Device,
+    Domain,
+    Epochs,
+    Flip,
+    Layers,
+    Pattern,
+    Recipes,
+    Replace,
+    Resume,
+    Seed,
+    Shares,
+    SizePx,
+    Source,
+    Stages,
+)
 
 if TYPE_CHECKING:
     from ..bank.bank import Bank, Card
@@ -33,20 +51,6 @@ app = typer.Typer(
 app.add_typer(benchmark)
 
 CTRL_C = 130  # what the parser returns instead of raising KeyboardInterrupt
-
-BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="The bank's folder.")]
-Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name in the bank.")]
-Source = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        metavar="SOURCE",
-        help="A folder of class folders (train/ val/ test/ below it or not), a folder with "
-        "train.parquet, hf:owner/name, torchvision:GTSRB, sklearn:digits, builtin:textures.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")]
 
 
 def _version(asked: bool) -> None:
@@ -95,18 +99,13 @@ def pretrain(
     weights: Annotated[
         Path | None, typer.Option(help="Start from this safetensors file, not at random.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="As for train.")] = "pretrain",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
-    size_px: Annotated[
-        int | None, typer.Option("--size", min=8, help="Side of the images in pixels.")
-    ] = None,
-    flip: Annotated[
-        bool | None,
-        typer.Option("--flip/--no-flip", help="Whether mirrored images keep the label."),
-    ] = None,
+    recipe: Recipes = "pretrain",
+    epochs: Epochs = None,
+    seed: Seed = None,
+    size_px: SizePx = None,
+    flip: Flip = None,
     half: Annotated[bool, typer.Option("--half", help="Store float16.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
+    resume: Resume = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -190,10 +189,10 @@ def train(
             "what fits the backbone.",
         ),
     ] = None,
-    stages: Annotated[str, typer.Option(help="Any of early,mid,late.")] = "early,mid,late",
+    stages: Stages = "early,mid,late",
     convs: Annotated[str, typer.Option(help="both, first or second of a block.")] = "both",
-    layers: Annotated[str, typer.Option(help="auto, spatial, pointwise or all.")] = "auto",
-    pattern: Annotated[str, typer.Option(help="A glob on layer names.")] = "*",
+    layers: Layers = "auto",
+    pattern: Pattern = "*",
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -203,29 +202,20 @@ def train(
     plan_of: Annotated[
         str | None, typer.Option(metavar="DOMAIN", help="The plan of a domain of this bank.")
     ] = None,
-    recipe: Annotated[
-        str, typer.Option(help="default, paper, released, or one with fields: default(lr=0.001).")
-    ] = "default",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
-    size_px: Annotated[
-        int | None, typer.Option("--size", min=8, help="Side of the images in pixels.")
-    ] = None,
-    flip: Annotated[
-        bool | None,
-        typer.Option("--flip/--no-flip", help="Whether mirrored images keep the label."),
-    ] = None,
+    recipe: Recipes = "default",
+    epochs: Epochs = None,
+    seed: Seed = None,
+    size_px: SizePx = None,
+    flip: Flip = None,
     squash: Annotated[
         bool, typer.Option("--squash", help="Ignore the aspect ratio instead of cropping.")
     ] = False,
-    split: Annotated[
-        str, typer.Option(help="Shares for train,val,test where the source is not split.")
-    ] = "0.7,0.15,0.15",
+    split: Shares = "0.7,0.15,0.15",
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Compare with a linear probe.")
     ] = True,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="Over a domain of that name.")] = False,
+    resume: Resume = False,
+    replace: Replace = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -269,9 +259,9 @@ def allocate(
         str,
         typer.Option(help="What is measured: gradient, curvature, or trained (takes a training)."),
     ] = "curvature",
-    stages: Annotated[str, typer.Option(help="Any of early,mid,late.")] = "early,mid,late",
-    layers: Annotated[str, typer.Option(help="all, auto, spatial or pointwise.")] = "all",
-    pattern: Annotated[str, typer.Option(help="A glob on layer names.")] = "*",
+    stages: Stages = "early,mid,late",
+    layers: Layers = "all",
+    pattern: Pattern = "*",
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Train nothing.")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the plan, for train --plan.")
@@ -280,21 +270,14 @@ def allocate(
         Path | None,
         typer.Option("--map", metavar="FILE", help="Draw layers by domains, of the whole bank."),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="As for train.")] = "default",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
-    size_px: Annotated[
-        int | None, typer.Option("--size", min=8, help="Side of the images in pixels.")
-    ] = None,
-    flip: Annotated[
-        bool | None,
-        typer.Option("--flip/--no-flip", help="Whether mirrored images keep the label."),
-    ] = None,
-    split: Annotated[
-        str, typer.Option(help="Shares for train,val,test where the source is not split.")
-    ] = "0.7,0.15,0.15",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="Over a domain of that name.")] = False,
+    recipe: Recipes = "default",
+    epochs: Epochs = None,
+    seed: Seed = None,
+    size_px: SizePx = None,
+    flip: Flip = None,
+    split: Shares = "0.7,0.15,0.15",
+    resume: Resume = False,
+    replace: Replace = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:

@@ -10,6 +10,7 @@ import typer
 from ..errors import DataError
 from .console import Screen
 from .decathlon import decathlon, decathlon_score
+from .options import AsJson
 
 if TYPE_CHECKING:
     from ..benchmark.studies import Wish
@@ -41,7 +42,6 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes, each with one thre
 ReportOnly = Annotated[
     bool, typer.Option("--report-only", help="Compute nothing: report what is there.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
 
 
 @benchmark.command()

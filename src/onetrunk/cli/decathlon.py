@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import UNTRAINED, Screen, percent
+from .options import AsJson, Device, Epochs
 
 if TYPE_CHECKING:
     from ..benchmark.decathlon import Report
 
-AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
 LABELS = "A folder with <name>_test.json, of the authors' labels_test.zip."
 
 
@@ -38,11 +38,9 @@ def decathlon(
     domains: Annotated[
         str | None, typer.Option(metavar="A,B", help="Some of the ten; by default all.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    epochs: Epochs = None,
     labels: Annotated[Path | None, typer.Option(metavar="FOLDER", help=LABELS)] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")
-    ] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """The Visual Decathlon from its official files: train, answer the test images, score.
