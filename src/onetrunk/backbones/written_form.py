@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import written
-from ..errors import BackboneError, MissingExtraError, SpecError
-from ..tensorfile import unpack
+from ..errors import BackboneError, DamagedError, MissingExtraError, SpecError
+from ..tensorfile import is_ours, unpack
 from . import packaged
 from .resnet26 import STEM_CHANNELS, ResNet26, resnet26
 
@@ -207,16 +207,15 @@ def read_weights(path: Path) -> Stored:
         )
     try:
         data = path.read_bytes()
-        tensors = safetensors.torch.load(data)
-        with safetensors.safe_open(path, "pt") as file:
-            ours = "onetrunk" in (file.metadata() or {})
+        if is_ours(data):
+            tensors, card = unpack(data, str(path))
+            held = card.get(WEIGHTS_CARD)
+            return Stored(tensors, held if isinstance(held, dict) else {}, str(path))
+        return Stored(safetensors.torch.load(data), {}, str(path))
+    except DamagedError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise BackboneError(f"{path}: no readable safetensors file ({error}).") from error
-    if not ours:
-        return Stored(tensors, {}, str(path))
-    tensors, card = unpack(data, str(path))
-    held = card.get(WEIGHTS_CARD)
-    return Stored(tensors, held if isinstance(held, dict) else {}, str(path))
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, Tensor], origin: str) -> None:

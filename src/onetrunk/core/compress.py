@@ -22,9 +22,10 @@ from .adapters import Family, LowRank, Parallel, Series, Shared
 from .adapters.shared import Of, Share, SharedAdapter
 from .attach import Adapted, build, delta, domain_of, plan_text
 from .basis import Basis
+from .budget import choose
 from .cost import own_site_tensors
 from .sites import effective_weight
-from .spectra import AS_IT_WAS, Directions, Spectrum, choose, own_factors
+from .spectra import AS_IT_WAS, Directions, Spectrum, own_factors
 
 Adapters = Mapping[str, Mapping[str, Tensor]]  # site -> name in the adapter -> numbers
 
@@ -457,7 +458,7 @@ class _Task:
     @property
     def smallest(self) -> int:
         """Numbers of the smallest plan: one direction at each site, or the site as it was."""
-        return self.fixed + sum(int(x.menu().numbers.min()) for x in self.spectra.values())
+        return self.fixed + sum(int(x.menu().prices.min()) for x in self.spectra.values())
 
     @property
     def smallest_share(self) -> float:
@@ -481,7 +482,7 @@ class _Task:
                 f"plan has {self.smallest:,}: one direction at each of {len(self.spectra)} sites"
                 f" and what cannot be factored. Keep {self.smallest_share:.3f} of them or more."
             )
-        return self.carried_out(chosen)
+        return self.carried_out({s: x.offer(chosen[s]) for s, x in self.spectra.items()})
 
     @torch.no_grad()
     def carried_out(self, directions: Mapping[str, Directions]) -> Compressed:

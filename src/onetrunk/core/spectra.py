@@ -7,7 +7,6 @@ Lathauwer et al., 2000). r left directions cost r (o + T i) numbers and lose the
 and q on both sides o p + q i + T p q. A site may also stay as it was.
 """
 
-import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,26 +16,12 @@ import torch
 from torch import Tensor
 
 from .adapters.shared import LEFT, RIGHT, Share
+from .budget import Menu
 
 RIDGE = 1e-6  # of the mean variance, added to every input direction: unseen ones are not free
 AS_IT_WAS = (0, 0)
 Directions = tuple[int, int]  # kept on the output's and on the input's side
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 Pairs = np.ndarray[Any, np.dtype[np.int64]]
-
-
-@dataclass(frozen=True)
-class Menu:
-    """What a site may become: numbers it then costs, energy it keeps, directions it has."""
-
-    numbers: Floats
-    energies: Floats
-    directions: Pairs
-
-    def pair(self, place: int) -> Directions:
-        """The directions of one entry."""
-        p, q = self.directions[place].tolist()
-        return p, q
 
 
 @dataclass(frozen=True)
@@ -106,19 +91,27 @@ class Spectrum:
             return q * (i + n_domains * o)
         return o * p + q * i + n_domains * p * q
 
-    def menu(self) -> Menu:
-        """Everything that costs less than the site as it was, and that."""
+    def offers(self) -> Pairs:
+        """Directions at which the site costs less than as it was, and that."""
         _, o, i = self.a_doi.shape
         rows = [o] if self.share == "input" else range(1, self.limits[0] + 1)
         columns = [i] if self.share == "output" else range(1, self.limits[1] + 1)
         pairs = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
-        pairs = pairs[self._costs(pairs) < self.n_numbers]
+        return np.append(pairs[self._costs(pairs) < self.n_numbers], [AS_IT_WAS], axis=0)
+
+    def menu(self) -> Menu:
+        """What `offers` cost in numbers and keep in energy, in their order."""
+        pairs = self.offers()[:-1]
         energies = self.kept[pairs[:, 0] - 1, pairs[:, 1] - 1]
         return Menu(
             np.append(self._costs(pairs), self.n_numbers).astype(np.float64),
             np.append(energies, self.kept[-1, -1]),
-            np.append(pairs, [AS_IT_WAS], axis=0),
         )
+
+    def offer(self, place: int) -> Directions:
+        """The directions at one place of the menu."""
+        p, q = self.offers()[place].tolist()
+        return p, q
 
     def fraction(self, fraction: float) -> Directions:
         """The same share of the possible directions on every shared side, one at least."""
@@ -169,64 +162,6 @@ def product(factors: Mapping[str, Tensor], g: Tensor) -> Tensor:
     """L G R, of the factors that there are."""
     a_oi = factors[LEFT] @ g if LEFT in factors else g
     return a_oi @ factors[RIGHT] if RIGHT in factors else a_oi
-
-
-def choose(menus: Mapping[str, Menu], budget: int) -> dict[str, Directions] | None:
-    """The directions of every site that keep the most energy within `budget` numbers, or None.
-
-    Each site starts at its cheapest entry; then the step of the most energy for its numbers is
-    taken, over all sites, along the upper convex hull of each menu, where steps get ever worse. A
-    site whose next step does not fit takes the best entry that does.
-    """
-    hulls = {site: _hull(menu) for site, menu in menus.items()}
-    at = dict.fromkeys(menus, 0)
-    chosen = {site: hull[0] for site, hull in hulls.items()}
-    budget -= sum(int(menus[site].numbers[place]) for site, place in chosen.items())
-    if budget < 0:
-        return None
-    steps = [_step(site, menus[site], hull, 0) for site, hull in hulls.items() if len(hull) > 1]
-    heapq.heapify(steps)
-    while steps:
-        _, site = heapq.heappop(steps)
-        menu, hull, here = menus[site], hulls[site], chosen[site]
-        there = hull[at[site] + 1]
-        price = int(menu.numbers[there] - menu.numbers[here])
-        if price <= budget:
-            at[site] += 1
-            if at[site] + 1 < len(hull):
-                heapq.heappush(steps, _step(site, menu, hull, at[site]))
-        else:
-            there = _best_within(menu, menu.numbers[here] + budget)
-            price = int(menu.numbers[there] - menu.numbers[here])
-        budget, chosen[site] = budget - price, there
-    return {site: menus[site].pair(place) for site, place in chosen.items()}
-
-
-def _step(site: str, menu: Menu, hull: list[int], k: int) -> tuple[float, str]:
-    gain = menu.energies[hull[k + 1]] - menu.energies[hull[k]]
-    return -float(gain / (menu.numbers[hull[k + 1]] - menu.numbers[hull[k]])), site
-
-
-def _best_within(menu: Menu, numbers: float) -> int:
-    fits = np.flatnonzero(menu.numbers <= numbers)
-    return int(fits[np.lexsort((menu.numbers[fits], -menu.energies[fits]))[0]])
-
-
-def _hull(menu: Menu) -> list[int]:
-    """Places in the menu on the upper convex hull of energy over numbers, the cheapest first."""
-    order = np.lexsort((-menu.energies, menu.numbers))
-    best = np.maximum.accumulate(menu.energies[order])
-    better = np.flatnonzero(np.diff(best, prepend=-np.inf) > 0)
-    hull: list[int] = []
-    for place in order[better].tolist():
-        while len(hull) > 1 and _slope(menu, hull[-2], hull[-1]) <= _slope(menu, hull[-1], place):
-            hull.pop()
-        hull.append(place)
-    return hull
-
-
-def _slope(menu: Menu, a: int, b: int) -> float:
-    return float((menu.energies[b] - menu.energies[a]) / (menu.numbers[b] - menu.numbers[a]))
 
 
 def _directions(gram: Tensor) -> Tensor:

@@ -107,28 +107,33 @@ def storage_key(tensor: Tensor) -> tuple[torch.device, int]:
 def frozen_pairs(
     model: nn.Module, backbone: nn.Module, frozen: Iterable[str]
 ) -> Iterator[tuple[Tensor, Tensor, str]]:
-    """(tensor in `model`, the backbone's own, its name there) for every shared tensor.
+    """(tensor in `model`, the backbone's own, its name there) for every shared tensor."""
+    inside, theirs, originals = model.state_dict(), backbone.state_dict(), original_names(model)
+    for name in sorted(frozen):
+        yield inside[name], theirs[originals[name]], originals[name]
+
+
+def original_names(model: nn.Module) -> dict[str, str]:
+    """Name in `state_dict()` -> name in the backbone, of all that has one: adapters have none.
 
     A wrapped layer's tensors are called `site.layer.weight` in the model, `site.weight` in the
     backbone.
     """
-    inside, theirs = model.state_dict(), backbone.state_dict()
     wrapped = {
         name
         for name, module in model.named_modules(remove_duplicate=False)
         if type(module).__name__ in WRAPPERS
     }
-    for name in sorted(frozen):
-        original = _unwrapped(name, wrapped)
-        yield inside[name], theirs[original], original
+    found = ((name, _unwrapped(name, wrapped)) for name in model.state_dict())
+    return {name: original for name, original in found if original is not None}
 
 
-def _unwrapped(name: str, wrapped: set[str]) -> str:
-    """`site.weight` for `site.layer.weight`, where `site` is a wrapper."""
+def _unwrapped(name: str, wrapped: set[str]) -> str | None:
+    """`site.weight` for `site.layer.weight`, where `site` is a wrapper; None beside the layer."""
     parts = name.split(".")
     for k, part in enumerate(parts):
-        if part == "layer" and ".".join(parts[:k]) in wrapped:
-            return ".".join(parts[:k] + parts[k + 1 :])
+        if ".".join(parts[:k]) in wrapped:
+            return ".".join(parts[:k] + parts[k + 1 :]) if part == "layer" else None
     return name
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ..backbones.written_form import WEIGHTS_CARD, written_form
 from ..core.adapters import Family, Full
-from ..core.attach import Adapted, attach, build, domain_of, unmark
+from ..core.attach import attach, build, domain_of, unmark
 from ..core.plan import Where, place
 from ..core.trace import trace
+from ..core.tree import original_names
 from ..data import Preprocessing
 from ..errors import TrainingError
 from ..files import reason, write_atomically
@@ -72,15 +73,8 @@ def pretraining(
 
 def trunk(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a pretrained network under the backbone's own names, without adapters."""
-    wrapped = [name for name, module in model.named_modules() if isinstance(module, Adapted)]
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        site = next((w for w in wrapped if name.startswith(f"{w}.")), None)
-        if site is None:
-            tensors[name] = tensor
-        elif name.startswith(f"{site}.layer."):
-            tensors[site + name.removeprefix(f"{site}.layer")] = tensor
-    return tensors
+    state = model.state_dict()
+    return {original: state[name] for name, original in original_names(model).items()}
 
 
 def write_trunk(path: Path, model: nn.Module, card: Mapping[str, Any], *, half: bool) -> int:
