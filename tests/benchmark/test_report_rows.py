@@ -7,7 +7,7 @@ import pytest
 from onetrunk.benchmark.report import MethodLabel, read_rows
 from onetrunk.benchmark.report.overview import facts, missing
 from onetrunk.benchmark.report.rows import with_methods_of
-from onetrunk.benchmark.report.summary import lr_edge
+from onetrunk.benchmark.report.summary import decay_edge, lr_edge
 from onetrunk.errors import DataError
 
 METHODS = [MethodLabel("full", "Fine-tuning", "reference"), MethodLabel("head", "Probe", "base")]
@@ -76,7 +76,14 @@ def test_a_learning_rate_at_the_edge_of_its_grid_is_found(row, lr, tried, edge):
     assert lr_edge(read) == edge
 
 
-def test_trials_without_rates_leave_the_edge_to_the_row(row):
-    trials = [{"factor": factor, "decay": 0.0, "val_accuracy": 0.5} for factor in (0.3, 1, 3)]
-    rows = [row("full", "signs", seed, trials=trials, at_edge=seed == 0) for seed in (0, 1)]
-    assert [lr_edge(read) for read in read_rows(rows)] == ["last", None]
+def test_a_decay_is_held_against_those_tried_at_the_chosen_rate(row):
+    tried = [(0.1, 0.05), (0.3, 0.05), (0.3, 1.0)]
+    trials = [{"lr": lr, "decay": decay, "val_accuracy": 0.5} for lr, decay in tried]
+    found = [
+        decay_edge(read)
+        for read in read_rows(
+            row("full", "signs", seed, lr=lr, decay=decay, trials=trials)
+            for seed, (lr, decay) in enumerate(tried)
+        )
+    ]
+    assert found == [None, "lowest", "highest"]

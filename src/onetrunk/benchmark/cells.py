@@ -20,6 +20,7 @@ from ..backbones import backbone as build_backbone
 from ..backbones import fingerprint
 from ..bank.bank import Bank
 from ..bank.names import is_name, suggest
+from ..core.adapters import Head
 from ..core.attach import delta, domain_of
 from ..core.change import relative_change
 from ..core.cost import cost
@@ -30,7 +31,16 @@ from ..training.fit import fit
 from ..training.probe import linear_probe
 from ..training.recipe import Recipe
 from .ledger import Ledger, digest_of
-from .methods import Lora, Placed, Scratch, Trained, read_method
+from .methods import (
+    Allocate,
+    Compressed,
+    Lora,
+    Placed,
+    Scratch,
+    Trained,
+    Uniform,
+    read_method,
+)
 from .protocol import Protocol
 from .setting import Setting
 
@@ -96,8 +106,8 @@ def run_cell(cell: Cell, ledger: Ledger, work: Path) -> dict[str, Any]:
     started = time.monotonic()
     setting = setting_of(cell)
     method = read_method(cell.method)
-    assert not hasattr(method, "of"), "compressed methods have no cell of their own"
-    if method == Placed(read_method("head").family):  # type: ignore[union-attr]
+    assert not isinstance(method, Compressed)  # those have a file of their own
+    if method == Placed(Head()):
         model = _probe(setting)
         facts: dict[str, Any] = {"trials": [], "lr": None, "decay": None}
     else:
@@ -185,7 +195,7 @@ def _tuned(
     tried = {factor: trials.accuracy(factor, first) for factor in protocol.factors}
     while (factor := protocol.beyond(tried)) is not None:
         tried[factor] = trials.accuracy(factor, first)
-    factor = max(tried, key=lambda f: (tried[f], -abs(f - 1)))
+    factor = protocol.best(tried)
     by_decay = {first: tried[factor]}
     for decay in protocol.decays[1:]:
         by_decay[decay] = trials.accuracy(factor, decay)
@@ -196,9 +206,7 @@ def _tuned(
     for _ in fit(model, setting.train, recipe, val=setting.val, checkpoint=checkpoint):
         pass
     checkpoint.unlink(missing_ok=True)
-    lr = lr_of(recipe, method)
-    edge = factor in (min(tried), max(tried))
-    return model, {"trials": trials.done, "lr": lr, "decay": decay, "at_edge": edge}
+    return model, {"trials": trials.done, "lr": lr_of(recipe, method), "decay": decay}
 
 
 def recipe_of(cell: Cell, method: Any, factor: float, decay: float, epochs: int) -> Recipe:
@@ -251,7 +259,7 @@ def keeps_domain(method: str) -> bool:
     read = read_method(method)
     if isinstance(read, Placed):
         return read.family.scope == "adapters" and read.family.name != "norm"
-    return type(read).__name__ in ("Allocate", "Uniform")
+    return isinstance(read, Allocate | Uniform)
 
 
 def bank_path(work: Path, cell: Cell) -> Path:

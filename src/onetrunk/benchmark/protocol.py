@@ -66,12 +66,16 @@ class Protocol:
             seed=seed,
         )
 
+    def best(self, tried: dict[float, float]) -> float:
+        """The factor of the highest accuracy; of equals the one nearest to the row's middle."""
+        row = sorted(tried)
+        return max(row, key=lambda factor: (tried[factor], -abs(row.index(factor) - len(row) / 2)))
+
     def beyond(self, tried: dict[float, float]) -> float | None:
         """The next factor to try where the best of `tried` (factor -> accuracy) lies at an end."""
-        row = sorted(tried)
+        row, best = sorted(tried), self.best(tried)
         if len(row) >= len(self.factors) + 2:
             return None
-        best = max(row, key=lambda factor: (tried[factor], -abs(row.index(factor) - len(row) / 2)))
         ratio = self.factors[1] / self.factors[0]
         if best == row[0]:
             return best / ratio

@@ -23,8 +23,7 @@ from .study import Study, domains_in
 BASE = "tiny_imagenet"  # what the packaged ResNet-26 was pretrained on: no domain of a study
 ALL = 0  # as a number of images a class: every image
 PER_CLASS = (5, 10, 25, 50, 100, ALL)
-SMALL_TRUNKS = ("resnet26(width=0.5)", "timm:tf_efficientnet_lite0")
-FULL_TRUNKS = ("resnet26(width=0.5)", "timm:tf_efficientnet_lite0")
+TRUNKS = ("resnet26(width=0.5)", "timm:tf_efficientnet_lite0")  # those that come with weights
 PLACES = ("early", "mid", "late", "early+mid", "mid+late", "first", "second")
 
 
@@ -100,7 +99,8 @@ def default_methods(trunk: Trunk, full: bool) -> tuple[str, ...]:
     )  # fmt: skip
     if not full:
         return methods
-    return (*methods, "scratch", "channelwise", _written("lora", like=family))
+    more = ("scratch", "channelwise", "lowrank(rank=4)", _written("lora", like=family))
+    return (*methods, *more, "allocate(budget='0.5%')", "allocate(budget='2%')")
 
 
 def default_adapter(trunk: Trunk) -> str:
@@ -153,8 +153,7 @@ def _study(
 
 
 def _trunks(wish: Wish) -> list[Trunk]:
-    default = FULL_TRUNKS if wish.full else SMALL_TRUNKS
-    return [Trunk.read(text) for text in wish.backbones or default]
+    return [Trunk.read(text) for text in wish.backbones or TRUNKS]
 
 
 def _protocol(trunk: Trunk, full: bool) -> Protocol:

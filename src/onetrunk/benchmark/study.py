@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import DataError, OnetrunkError
 from .cells import Cell, Trunk, run_cell
+from .compressed import compressed_key, run_compressed
 from .ledger import Ledger
 from .methods import Compressed, read_method
 from .protocol import Protocol
@@ -97,8 +98,6 @@ def run(study: Study, workers: int = 1, progress: Progress | None = None) -> Out
     Raises:
         OnetrunkError: for a method that cannot be read; nothing is computed then.
     """
-    from .compressed import run_compressed
-
     for method in study.methods:
         read_method(method)
     outcome, ledger = Outcome(), Ledger(study.work)
@@ -118,8 +117,6 @@ def run(study: Study, workers: int = 1, progress: Progress | None = None) -> Out
 
 def known(study: Study) -> list[dict[str, Any]]:
     """The records of a study's cells that are finished; computes nothing."""
-    from .compressed import compressed_key
-
     records = Ledger(study.work).read()
     keys = [cell.key for cell in study.cells()]
     keys += [compressed_key(cell, group) for group in study.compressions() for cell in group]

@@ -31,13 +31,9 @@ class MethodLabel:
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting that was tried on the validation images before the cell was run.
-
-    Its learning rate is given itself, or as a factor on those of the method's recipe.
-    """
+    """One setting that was tried on the validation images before the cell was run."""
 
     lr: Finite | None = None
-    factor: Finite | None = None
     decay: Finite | None = None
     val_accuracy: Share | None = None
 
@@ -49,8 +45,6 @@ class Row:
     Args:
         n_train, per_class: training images in all; a class, or None where all were used.
         lr, decay, trials: what was chosen, and what it was chosen from.
-        at_edge: whether the chosen rate was the lowest or highest of those tried; where it is not
-            said, the trials' own rates say it.
         val_accuracy, test_accuracy: in [0, 1].
         numbers, head_numbers: the domain's own adapters and norms; its classifier.
         shared_numbers: of a basis that all domains of the method share, counted once.
@@ -73,7 +67,6 @@ class Row:
     lr: Finite | None = None
     decay: Finite | None = None
     trials: tuple[Trial, ...] = ()
-    at_edge: bool | None = None
     val_accuracy: Share | None = None
     head_numbers: Count = 0
     shared_numbers: Count = 0

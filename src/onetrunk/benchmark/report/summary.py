@@ -200,14 +200,23 @@ def common(rows: Sequence[Row], baseline: Sequence[Row]) -> list[tuple[Row, Row]
 def lr_edge(row: Row) -> str | None:
     """'lowest' or 'highest' where the chosen learning rate is the last of those tried.
 
-    A better one may lie beyond. 'last' where the row only says that it is one of the two.
+    A better one may lie beyond.
     """
-    tried = {trial.lr for trial in row.trials if trial.lr is not None}
-    if row.lr is None or len(tried) < 2:
-        return "last" if row.at_edge else None
-    if row.lr <= min(tried):
+    return _edge(row.lr, {trial.lr for trial in row.trials})
+
+
+def decay_edge(row: Row) -> str | None:
+    """The same of the weight decay, of those tried at the chosen learning rate."""
+    return _edge(row.decay, {trial.decay for trial in row.trials if trial.lr == row.lr})
+
+
+def _edge(chosen: float | None, values: Iterable[float | None]) -> str | None:
+    tried = {value for value in values if value is not None}
+    if chosen is None or len(tried) < 2:
+        return None
+    if chosen <= min(tried):
         return "lowest"
-    return "highest" if row.lr >= max(tried) else None
+    return "highest" if chosen >= max(tried) else None
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -14,6 +14,7 @@ from .summary import (
     Score,
     Spread,
     by_domain,
+    decay_edge,
     grouped,
     lr_edge,
     over_domains,
@@ -96,7 +97,7 @@ def transfer_tables(
 
 
 def choice_table(rows: Sequence[Row], methods: Sequence[MethodLabel]) -> Table:
-    """What learning rates were chosen, a line a method, and how often at the edge of the grid."""
+    """What rates and decays were chosen, a line a method, and how often at the edge of the grid."""
     of_method = grouped(rows, lambda row: row.method)
     lines = []
     for method in methods:
@@ -110,10 +111,17 @@ def choice_table(rows: Sequence[Row], methods: Sequence[MethodLabel]) -> Table:
                 _numbers(row.lr for row in group),
                 _numbers(row.decay for row in group),
                 _edges_text([lr_edge(row) for row in group]),
+                _edges_text([decay_edge(row) for row in group]),
             )
         )
-    head = ("method", "cells", "lr chosen", "decay chosen", "at an end of the grid")
-    note = "Cells whose rate is the lowest or highest that was tried: a better one may lie beyond."
+    head = (
+        "method", "cells", "lr chosen", "decay chosen", "lr at an end of the grid",
+        "decay at an end",
+    )  # fmt: skip
+    note = (
+        "At an end: cells whose choice is the lowest or highest that was tried, so that a better "
+        "one may lie beyond."
+    )
     return Table("Chosen hyperparameters", head, tuple(lines), (note,))
 
 
