@@ -77,6 +77,16 @@ def test_a_record_says_what_was_tried_and_what_came_of_it(make_cell, tmp_path):
     assert found[record["lr"], record["decay"]] == best
 
 
+@pytest.mark.parametrize("by", ["curvature", "trained"])
+def test_a_measured_plan_and_the_uniform_one_keep_to_one_budget(make_cell, tmp_path, by):
+    methods = (f"allocate(budget='900', by='{by}')", "uniform(budget='900')")
+    spent = [
+        sum(run_cell(make_cell(m), Ledger(tmp_path), tmp_path)["site_numbers"].values())
+        for m in methods
+    ]
+    assert all(0 < numbers <= 900 for numbers in spent)
+
+
 def test_a_finished_cell_is_not_computed_again(make_cell, tmp_path, monkeypatch):
     first = run_cell(make_cell("head"), Ledger(tmp_path), tmp_path)
     monkeypatch.setattr(cells_module, "setting_of", None)

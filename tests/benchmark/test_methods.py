@@ -8,7 +8,8 @@ from onetrunk.errors import AttachError, SpecError
 FORMS = (
     "head", "full", "scratch", "parallel", "lowrank(rank=4)", "parallel@late",
     "lowrank(rank=4)@early+mid", "series@first", "allocate(budget='1%')",
-    "allocate(budget='1%', by='gradient')", "uniform(budget='2%')",
+    "allocate(budget='1%', by='trained')", "allocate(budget='1%', layers='auto')",
+    "uniform(budget='2%')",
     "lora(like='parallel')", "lora(like='lowrank(rank=4)', norms=True)",
     "compress(of='parallel', keep=0.5)", "compress(of='parallel', keep=0.25, share='both')",
     "svd(of='lowrank(rank=4)', keep=0.5)",
@@ -31,7 +32,8 @@ def test_a_method_is_written_as_it_is_read(form):
         ("lora()", SpecError, "like"),
         ("compress(of='scratch', keep=0.5)", SpecError, "`of` names a method with adapters"),
         ("compress(of='parallel', keep=1.5)", SpecError, "keep is a share above 0"),
-        ("allocate(by='trained')", SpecError, "by gradient or curvature"),
+        ("allocate(by='guess')", SpecError, "`by` is one of gradient, curvature, trained"),
+        ("allocate(layers='some')", AttachError, "known are auto, spatial, pointwise, all"),
         ("svd(of='parallel', keep=0.5, x=1)", SpecError, "unexpected keyword argument 'x'"),
     ],
 )

@@ -106,10 +106,12 @@ def test_a_mean_over_fewer_domains_is_never_marked_as_the_best(row):
 
 def test_chosen_rates_at_an_end_of_the_grid_are_counted(row):
     rates = (0.001, 0.01, 0.1)
-    trials = [{"lr": rate, "decay": 0.0, "val_accuracy": 0.5} for rate in rates]
-    rows = [row("full", "signs", i, lr=rate, trials=trials) for i, rate in enumerate(rates)]
+    trials = [{"lr": rate, "decay": d, "val_accuracy": 0.5} for rate in rates for d in (0.0, 1.0)]
+    rows = [
+        row("full", "signs", i, lr=rate, decay=1.0, trials=trials) for i, rate in enumerate(rates)
+    ]
     found = read_rows(rows)
-    assert choice_table(found, METHODS).rows[0][-1] == "2 (1 lowest, 1 highest)"
+    assert choice_table(found, METHODS).rows[0][-2:] == ("2 (1 lowest, 1 highest)", "3 (3 highest)")
     assert list(column(cell_table(found, METHODS), "lr at an edge").values()) == ["highest tried"]
     assert [line[9] for line in cell_table(found, METHODS).rows] == [
         "lowest tried", "", "highest tried",

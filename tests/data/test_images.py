@@ -182,3 +182,11 @@ def test_files_that_break_later_are_named(class_tree: Callable[..., Path]) -> No
     files[1].write_bytes(b"")
     with pytest.raises(DataError, match=r"1\.png' cannot be read: it is empty"):
         prepared[1]
+
+
+@pytest.mark.parametrize(("n", "values"), [(3, [0, 3, 6]), (4, [0, 2, 4, 6]), (100, [*range(7)])])
+def test_few_views_are_evenly_spread_and_at_most_so_many(n: int, values: list[int]) -> None:
+    plain = Preprocessing(size_px=8, crop_ratio=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+    views_bchw = Prepared(greys(*range(7)), plain).few_views(n)
+    assert views_bchw.shape == (len(values), 3, 8, 8)
+    assert (255 * views_bchw[:, 0, 0, 0]).round().int().tolist() == values

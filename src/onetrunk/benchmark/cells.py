@@ -28,8 +28,8 @@ from ..data import Images, Prepared, Preprocessing, Splits, load
 from ..errors import DataError
 from ..training.evaluate import evaluate
 from ..training.fit import fit
-from ..training.probe import linear_probe
 from ..training.recipe import Recipe
+from .allocated import probed
 from .ledger import Ledger, digest_of
 from .methods import (
     Allocate,
@@ -108,7 +108,7 @@ def run_cell(cell: Cell, ledger: Ledger, work: Path) -> dict[str, Any]:
     method = read_method(cell.method)
     assert not isinstance(method, Compressed)  # those have a file of their own
     if method == Placed(Head()):
-        model = _probe(setting)
+        model = probed(setting)
         facts: dict[str, Any] = {"trials": [], "lr": None, "decay": None}
     else:
         model, facts = _tuned(cell, method, setting, ledger, work)
@@ -177,13 +177,6 @@ def numbers_of(model: nn.Module) -> dict[str, Any]:
 def change(model: nn.Module) -> dict[str, float]:
     """Site -> relative size of the change there, rounded for the record."""
     return {site: round(value, 6) for site, value in relative_change(model).items()}
-
-
-def _probe(setting: Setting) -> nn.Module:
-    return linear_probe(
-        setting.backbone, setting.train, setting.val, setting.classes,
-        preprocessing=setting.preprocessing,
-    )  # fmt: skip
 
 
 def _tuned(
@@ -300,6 +293,7 @@ def setting_of(cell: Cell) -> Setting:
         train=_data(cell, "train", preprocessing),
         val=_data(cell, "val", preprocessing),
         seed=cell.seed,
+        recipe=cell.protocol.recipe(1.0, cell.protocol.decays[0], cell.seed, cell.protocol.epochs),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..bank.bank import Bank
 from ..core.activations import activation_covariances
@@ -85,7 +85,7 @@ def _compressed(
     """The compressed networks, and the numbers of their one basis; each has its own if alone."""
     weights = None
     if method.weighted:
-        images = {name: _images(settings[name]) for name in models}
+        images = {name: settings[name].train.few_views(N_IMAGES) for name in models}
         weights = activation_covariances(models, images)
     groups = [{name: model} for name, model in models.items()] if method.alone else [models]
     made: dict[str, nn.Module] = {}
@@ -93,13 +93,6 @@ def _compressed(
         made |= dict(compress(group, keep=method.keep, share=method.share, covariances=weights))
     basis = None if method.alone else domain_of(next(iter(made.values()))).basis
     return made, 0 if basis is None else basis.numbers
-
-
-def _images(setting: Setting) -> Tensor:
-    prepared = setting.train
-    step = max(1, len(prepared) // N_IMAGES)
-    rows = list(range(0, len(prepared), step))[:N_IMAGES]
-    return setting.preprocessing.evaluation_view(prepared.batch(rows)[0])
 
 
 def _tuned(cell: Cell, model: nn.Module, setting: Setting, seconds: float) -> dict[str, Any]:

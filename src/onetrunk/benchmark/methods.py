@@ -5,7 +5,8 @@
     full                     fine-tuning, the reference
     norm, parallel, series, lowrank(rank=8), ...     any adapter family
     parallel@late            the same at some stages; @early+mid, @first, @second likewise
-    allocate(budget='1%')    a plan of its own for every domain, by measured sensitivity
+    allocate(budget='1%')    a plan of its own for every domain, by measured sensitivity;
+                             also by='gradient' or 'trained', layers='auto'
     uniform(budget='1%')     one rank everywhere at that budget
     lora(like='parallel')    PEFT's LoRA on the same layers at about equal numbers, norms saved
     lora(like='parallel', norms=True)                and its norms trained too
@@ -18,7 +19,7 @@ To add one: a frozen dataclass here and its line in _BUILDERS.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from torch import nn
 from .. import written
 from ..backbones.written_form import build_empty, written_form
 from ..core.adapters import FAMILIES, Family, Full, read_family
-from ..core.plan import Where
+from ..core.plan import Layers, Where
 from ..errors import AttachError, SpecError
 from ..training.sensitivity import DEFAULT, By
 from .allocated import allocated_plan, uniform_plan
@@ -94,13 +95,14 @@ class Allocate:
 
     budget: str = "1%"
     by: By = DEFAULT
+    layers: Layers = "all"
     group: ClassVar[Group] = "budgeted"
 
     def __str__(self) -> str:
-        return written.write("allocate", {"budget": self.budget, **_changed(self, "by")})
+        return written.write("allocate", {"budget": self.budget, **_changed(self, "by", "layers")})
 
     def make(self, setting: Setting) -> nn.Module:
-        return setting.attach(allocated_plan(setting, self.budget, self.by))
+        return setting.attach(allocated_plan(setting, self.budget, self.by, self.layers))
 
 
 @dataclass(frozen=True)
@@ -214,5 +216,7 @@ def _check(method: Method, text: str) -> None:
             raise SpecError(f"method {text!r}: `of` names a method with adapters.")
         if not 0 < method.keep <= 1:
             raise SpecError(f"method {text!r}: keep is a share above 0, at most 1.")
-    if isinstance(method, Allocate) and method.by not in ("gradient", "curvature"):
-        raise SpecError(f"method {text!r}: a plan before training is by gradient or curvature.")
+    if isinstance(method, Allocate):
+        if method.by not in get_args(By):
+            raise SpecError(f"method {text!r}: `by` is one of {', '.join(get_args(By))}.")
+        Where(layers=method.layers)  # refuses what is none

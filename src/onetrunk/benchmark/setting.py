@@ -8,11 +8,12 @@ from torch import nn
 from ..core.attach import attach
 from ..core.plan import Where
 from ..data import Prepared, Preprocessing
+from ..training.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method starts from in one cell."""
+    """What a method starts from in one cell; `recipe` is the protocol's own, before any tuning."""
 
     backbone: nn.Module
     classes: tuple[str, ...]
@@ -20,6 +21,7 @@ class Setting:
     train: Prepared
     val: Prepared
     seed: int
+    recipe: Recipe
 
     @property
     def input_size(self) -> tuple[int, int, int]:

@@ -236,9 +236,7 @@ def _seen(
     seen: dict[str, Any] = {}
     with screen.bar("looking at activations") as show:
         for done, (name, model) in enumerate(models.items()):
-            data = parts[name].train
-            rows = range(0, len(data), -(-len(data) // N_SEEN))
-            images_bchw = data.preprocessing.evaluation_view(data.batch(rows)[0])
+            images_bchw = parts[name].train.few_views(N_SEEN)
             seen |= activation_covariances({name: model}, {name: images_bchw})
             show(done + 1, len(models))
     return seen

@@ -200,6 +200,11 @@ class Prepared(Dataset[tuple[Tensor, int]]):
             x_bchw[place] = self._tensor(index)
         return x_bchw, self.labels[rows_b]
 
+    def few_views(self, n: int) -> Tensor:
+        """What a network sees of at most n images, evenly spread: float (b, c, S, S)."""
+        rows = range(0, len(self), -(-len(self) // n))
+        return self.preprocessing.evaluation_view(self.batch(rows)[0])
+
     def __repr__(self) -> str:
         where = "in memory" if self.in_memory else "decoded when asked for"
         return f"Prepared({len(self)} images {where}, {len(self.problems)} left out)"
