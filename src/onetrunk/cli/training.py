@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..bank.bank import Bank
@@ -104,6 +105,7 @@ def prepare(bank: Bank, request: Request, screen: Screen) -> Ready:
     started = time.monotonic()
     splits = request.splits.with_validation()
     screen.say(f"{request.domain}: {_described(splits)}")
+    bank.backbone.to(memory_format=torch.channels_last)  # steps are faster so, on CPUs too
     preprocessing = _preprocessing(bank.backbone, request)
     return Ready(splits.classes, preprocessing, _prepared(splits, preprocessing, screen), started)
 
