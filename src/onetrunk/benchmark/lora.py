@@ -32,7 +32,7 @@ def peft_lora(setting: Setting, twin: nn.Module, *, train_norms: bool) -> nn.Mod
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise MissingExtraError(
-            "the method lora(...) needs Hugging Face's peft: pip install peft."
+            'the method lora(...) needs PEFT, which is missing: pip install "onetrunk[rivals]"'
         ) from error
     ranks = matched_ranks(twin)
     model = setting.attach(Norm())
