@@ -37,6 +37,10 @@ class TrainingError(OnetrunkError):
     """A recipe that cannot be followed, a checkpoint that does not fit, a loss that diverged."""
 
 
+class DivergedError(TrainingError):
+    """A training whose loss, gradient or network is not finite: its last good state is kept."""
+
+
 class BankError(OnetrunkError):
     """A bank that cannot be read or changed as asked."""
 

@@ -163,6 +163,20 @@ def test_only_the_domain_moves(
     assert not model.training
 
 
+def test_running_statistics_stay_the_backbones_and_an_adapters_own_do_not(
+    make_net: Make, make_tensors: Make
+) -> None:
+    net = make_net()
+    model = ot.attach(net, ot.Series(), ("ant", "bee", "cat"), input_size=(3, 16, 16))
+    before = {name: b.clone() for name, b in model.named_buffers() if "running" in name}
+    gains = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    train(model, make_tensors(24), ot.Recipe(epochs=1, batch_size=8, norm_statistics="running"))
+    moved = {n for n, b in model.named_buffers() if n in before and not torch.equal(b, before[n])}
+    assert moved == {name for name in before if ".adapter." in name} != set()
+    assert len(moved) < len(before)
+    assert all(not torch.equal(p, gains[n]) for n, p in model.named_parameters() if n in gains)
+
+
 def test_nothing_to_train_is_an_error(make_model: Make, make_tensors: Make) -> None:
     model = make_model().requires_grad_(False)
     with pytest.raises(TrainingError, match="nothing to train"):

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.adapters import Adapter
 from ..core.attach import delta, domain_of, trains_basis
-from ..errors import TrainingError
+from ..errors import DivergedError, TrainingError
 from ..tensorfile import fingerprint_of
 from .checkpoint import Checkpoint, make_folder, read_checkpoint, write_checkpoint
 from .distributed import check_batch, world
@@ -154,6 +155,14 @@ def _refuse_going_back(**given: Any) -> None:
             )
 
 
+def backbone_norms(model: nn.Module) -> list[nn.Module]:
+    """The batch norms of a domain's network that began as the backbone's: not those of adapters."""
+    fresh = {id(m) for adapter in model.modules() if isinstance(adapter, Adapter)
+             for m in adapter.modules()}  # fmt: skip
+    kind = nn.modules.batchnorm._BatchNorm
+    return [m for m in model.modules() if isinstance(m, kind) and id(m) not in fresh]
+
+
 def best_device() -> str:
     """`cuda`, `mps` or `cpu`: the first that this machine has."""
     if torch.cuda.is_available():
@@ -185,6 +194,7 @@ class _Loop:
         self.n_steps = self.steps_an_epoch * self.n_epochs
         self.dtype = next(model.parameters()).dtype
         self.autocast = _autocasts(recipe, device)
+        self.held_norms = backbone_norms(model) if recipe.norm_statistics == "running" else []
         self.failed = False  # then network and step do not belong together: nothing to keep
 
     def steps(self) -> Generator[Step, None, None]:
@@ -236,6 +246,8 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr
         self.model.train()
+        for held in self.held_norms:
+            held.eval()
         self.optimizer.zero_grad()
         with own_draws(self.device):
             step = self.run.step * self.world.size + self.world.rank
@@ -295,13 +307,13 @@ class _Loop:
                 self.run.best_accuracy, self.run.best = accuracy, state
         return accuracy, best
 
-    def _stopped(self, what: str) -> TrainingError:
+    def _stopped(self, what: str) -> DivergedError:
         """Gives the network its last good state; the error to raise then."""
         self.failed = True
         _restore(self.model, self.run.good)
         epochs = self.run.epochs
         good = f"its state after epoch {epochs}" if epochs else "the state it came with"
-        return TrainingError(
+        return DivergedError(
             f"{what} of {self.n_steps}: the network has {good} again. Lower the learning rate "
             f"(lr={self.recipe.lr:g}), or look for broken numbers in the data."
         )

@@ -46,6 +46,10 @@ class Recipe:
         crop_scale: (least, most) share of an image's area in a training crop; None: a crop of
             fixed size, as in the paper.
         precision: `auto` (bfloat16 autocast on CUDA devices that have it), `float32`, `bfloat16`.
+        norm_statistics: `batch`: batch norms take each batch's mean and variance and learn the
+            domain's for evaluation; `running`: they keep the backbone's, as in evaluation, and
+            learn gain and shift alone, so that training starts where the linear probe is. (An
+            adapter's own batch norm takes the batch's either way.)
         seed: of order, augmentation and dropout.
 
     Raises:
@@ -71,6 +75,7 @@ class Recipe:
     clip_norm: float | None = 1.0
     crop_scale: tuple[float, float] | None = (0.4, 1.0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    norm_statistics: Literal["batch", "running"] = "batch"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -179,6 +184,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adamw", "sgd"),
     "schedule": ("cosine", "step", "constant"),
     "precision": ("auto", "float32", "bfloat16"),
+    "norm_statistics": ("batch", "running"),
 }
 
 
