@@ -155,12 +155,23 @@ def _refuse_going_back(**given: Any) -> None:
             )
 
 
-def backbone_norms(model: nn.Module) -> list[nn.Module]:
-    """The batch norms of a domain's network that began as the backbone's: not those of adapters."""
-    fresh = {id(m) for adapter in model.modules() if isinstance(adapter, Adapter)
-             for m in adapter.modules()}  # fmt: skip
+def held_norms(model: nn.Module, recipe: Recipe) -> list[nn.Module]:
+    """The batch norms that keep the backbone's statistics in a training of a domain's `model`.
+
+    An adapter's own norm is none of them: no backbone has its statistics.
+    """
+    backbone = _batch_norms(domain_of(model).backbone)
+    trained = any(bool(norm.running_mean.any()) for norm in backbone)  # they start at zero
+    if recipe.norm_statistics == "batch" or (recipe.norm_statistics == "auto" and not trained):
+        return []
+    adapters = [adapter for adapter in model.modules() if isinstance(adapter, Adapter)]
+    fresh = {id(norm) for adapter in adapters for norm in _batch_norms(adapter)}
+    return [norm for norm in _batch_norms(model) if id(norm) not in fresh]
+
+
+def _batch_norms(module: nn.Module) -> list[Any]:
     kind = nn.modules.batchnorm._BatchNorm
-    return [m for m in model.modules() if isinstance(m, kind) and id(m) not in fresh]
+    return [m for m in module.modules() if isinstance(m, kind) and m.running_mean is not None]
 
 
 def best_device() -> str:
@@ -194,7 +205,7 @@ class _Loop:
         self.n_steps = self.steps_an_epoch * self.n_epochs
         self.dtype = next(model.parameters()).dtype
         self.autocast = _autocasts(recipe, device)
-        self.held_norms = backbone_norms(model) if recipe.norm_statistics == "running" else []
+        self.held_norms = held_norms(model, recipe)
         self.failed = False  # then network and step do not belong together: nothing to keep
 
     def steps(self) -> Generator[Step, None, None]:
