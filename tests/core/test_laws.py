@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import onetrunk as ot
 from onetrunk.backbones import fingerprint
+from onetrunk.core import fused
 from onetrunk.core.adapters import FAMILIES, Family, read_family
 from onetrunk.core.attach import Adapted, attach, delta
 from onetrunk.core.cost import cost
@@ -274,6 +275,29 @@ def test_every_adapter_number_learns_and_nothing_frozen_gets_a_gradient(
             assert (parameter.grad != 0).all(), name
         else:
             assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels last"])
+@pytest.mark.parametrize(("case", "kind"), PLACED)
+def test_the_fused_training_step_is_the_plain_one(
+    case: Case, kind: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "pays", lambda adapter, site: True)
+    net, layout = one_layer(kind), torch.channels_last if channels_last else torch.preserve_format
+    model = shaken(domain(net.to(memory_format=layout), case)).train()
+    for h, w in SIZES:
+        results = []
+        for way in (Adapted.forward, Adapted.plain):
+            x_bihw = images(6, h, w).to(memory_format=layout).requires_grad_()
+            with monkeypatch.context() as patch:
+                patch.setattr(Adapted, "forward", way)
+                torch.manual_seed(0)  # of dropout
+                features = model.features(x_bihw)
+            own = [p for p in model.parameters() if p.requires_grad]
+            loss = features.square().sum() + model.head(features).square().sum()
+            results.append([features, *torch.autograd.grad(loss, [x_bihw, *own])])
+        for ours, plain in zip(*results, strict=True):
+            assert (ours - plain).abs().max() <= 1e-10 * plain.abs().max()
 
 
 @pytest.mark.parametrize(("case", "kind"), PLACED)

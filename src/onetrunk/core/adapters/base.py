@@ -45,6 +45,13 @@ class Adapter(nn.Module, abc.ABC):
             tap: row and column of the kernel that see the pixel which `forward` gets as `x`.
         """
 
+    def matrix(self) -> Tensor | None:
+        """A (o, i / groups), where the adapter adds A x to the layer's output in train mode too.
+
+        None (the default) where it does not, as under dropout: then nothing is folded in training.
+        """
+        return None
+
 
 class Family(abc.ABC):
     """A kind of adapter with its options. Concrete families are frozen dataclasses."""

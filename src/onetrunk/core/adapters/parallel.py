@@ -55,6 +55,9 @@ class ParallelAdapter(Adapter):
         x = drop_channels(x, self.dropout, self.training, self.site)
         return y + mix_channels(x, self.a_oi, self.site)
 
+    def matrix(self) -> Tensor | None:
+        return None if self.dropout and self.training else self.a_oi
+
     def fold(
         self, weight_oikk: Tensor, bias_o: Tensor, tap: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:

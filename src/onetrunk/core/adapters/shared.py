@@ -151,6 +151,14 @@ class SharedAdapter(Adapter):
             x = mix_channels(x, factor, self.site)
         return y + x
 
+    def matrix(self) -> Tensor | None:
+        if not self.reads_input or (self.dropout and self.training):
+            return None
+        first, *rest = self.factors()
+        for factor in rest:
+            first = first @ factor
+        return first
+
     def fold(
         self, weight_oikk: Tensor, bias_o: Tensor, tap: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
