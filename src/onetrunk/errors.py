@@ -25,6 +25,10 @@ class MergeError(OnetrunkError):
     """A domain that does not merge exactly into an ordinary network."""
 
 
+class MixError(OnetrunkError):
+    """Domains, or rows of a batch, that cannot go through one network together."""
+
+
 class CompressError(OnetrunkError):
     """Domains that cannot be compressed together, or not as far as asked."""
 

@@ -225,6 +225,7 @@ FITTING = [
 PLACED = [
     p for p in FITTING if p.values[0].where and p.values[0].family.scope == "adapters"
 ]  # those that put an adapter beside the layer
+SHARING = [p for p in FITTING if not isinstance(p.values[0].family, ot.Full)]  # a forward
 STARTING_AS_BACKBONE = [p for p in FITTING if p.values[0].starts_as_backbone]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -298,6 +299,21 @@ def test_the_fused_training_step_is_the_plain_one(
             results.append([features, *torch.autograd.grad(loss, [x_bihw, *own])])
         for ours, plain in zip(*results, strict=True):
             assert (ours - plain).abs().max() <= 1e-10 * plain.abs().max()
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels last"])
+@pytest.mark.parametrize(("case", "kind"), SHARING)
+def test_a_mixed_row_is_its_own_domains(case: Case, kind: str, channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    net = one_layer(kind).to(memory_format=layout)
+    cases = (case, case, Case(ot.Norm(), None), Case(ot.Channelwise()), Case(ot.Head(), None))
+    models = {str(k): shaken(domain(net, c, k), 5 + k) for k, c in enumerate(cases)}
+    mixed, rows = ot.mix(models), ["1", "4", "0", "2", "1", "3"]
+    for h, w in SIZES:
+        x_bihw = images(6, h, w, n=len(rows)).to(memory_format=layout)
+        expected = [models[name](x_bihw)[k] for k, name in enumerate(rows)]
+        for ours, own in zip(mixed(x_bihw, rows), expected, strict=True):
+            assert (ours - own).abs().max() <= 1e-10 * own.abs().max()
 
 
 @pytest.mark.parametrize(("case", "kind"), PLACED)

@@ -13,7 +13,16 @@ from torch import Generator, Tensor, nn
 from ... import written
 from ...errors import AttachError
 from ..sites import Site
-from .base import Adapter, Family, Init, add_at_tap, check_options, drop_channels, mix_channels
+from .base import (
+    Adapter,
+    Correction,
+    Family,
+    Init,
+    add_at_tap,
+    check_options,
+    drop_channels,
+    mix_channels,
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,11 @@ class LowRankAdapter(Adapter):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         x = drop_channels(x, self.dropout, self.training, self.site)
         return y + mix_channels(mix_channels(x, self.v_ri, self.site), self.u_or, self.site)
+
+    def correction(self) -> Correction:
+        groups = self.site.groups
+        u_gor, v_gri = (t.detach().unflatten(0, (groups, -1)) for t in (self.u_or, self.v_ri))
+        return Correction((u_gor, v_gri))
 
     def matrix(self) -> Tensor | None:
         return None if self.dropout and self.training else self._product(self.u_or, self.v_ri)
