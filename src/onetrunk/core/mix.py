@@ -18,7 +18,7 @@ from ..tensorfile import fingerprint_of
 from .adapters import Full
 from .adapters.base import Correction
 from .adapters.series import norm_gain_and_shift
-from .attach import Adapted, delta, domain_of, unmark
+from .attach import Adapted, delta, domain_of, own_size, unmark
 from .merge import difference
 from .rowwise import (
     Affine,
@@ -31,6 +31,7 @@ from .rowwise import (
     RowwiseSite,
 )
 from .sites import Site, site_of
+from .trace import Size, rows_per_image
 from .tree import Frozen, copy_tree, is_norm, original_names, replace_modules
 
 
@@ -98,7 +99,9 @@ class Mixed(nn.Module):
         self._first, self._rows = (first,), Rows()  # a tuple: no submodule
         self._classes = {domain.name: domain.classes for domain in domains}
         self._places = _places(domains)
-        self.network = _assembled(_base(first), domains, self._places, self._rows)
+        base = _base(first)
+        _refuse_rows_of_no_image(base, self._places, own_size(domain_of(first)))
+        self.network = _assembled(base, domains, self._places, self._rows)
         super().train(False)
 
     @property
@@ -340,6 +343,18 @@ def _assembled(
         made[path] = RowwiseHead([d.heads[path] for d in domains], rows)
     replace_modules(network, made)
     return network.requires_grad_(False)
+
+
+def _refuse_rows_of_no_image(base: nn.Module, places: "_Places", size: Size | None) -> None:
+    """A layer whose rows are not the batch's (a table of positions) is the same for every row."""
+    layers = {path for group in places for path in group}
+    for path, n_rows in rows_per_image(base, layers, size).items():
+        if not n_rows:
+            raise MixError(
+                f"{path} gets a number of rows that does not follow the batch, so no row there "
+                "belongs to an image, and domains that differ there cannot be mixed. Call them "
+                "one after another, or leave that layer out of their plans."
+            )
 
 
 def _rowwise_norm(norm: nn.Module, parts: Sequence[Affine | nn.Module], rows: Rows) -> nn.Module:

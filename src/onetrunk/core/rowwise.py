@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import MixError
 from .adapters.base import Correction
 from .sites import Site, Tap
+from .tree import passed_on
 
 
 class Rows:
@@ -141,6 +142,9 @@ class RowwiseSite(Rowwise):
     def _n_domains(self) -> int:
         tables = [t for t in (self.gain_do, self.shift_do) if t is not None]
         return len(tables[0]) if tables else len(self._products[0].slot_d)
+
+    def __getattr__(self, name: str) -> Any:
+        return passed_on(self, "layer", super().__getattr__, name)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
