@@ -200,7 +200,7 @@ class Mixed(nn.Module):
         if mode:
             raise MixError(
                 "a mixture is for inference: it holds the domains' numbers as they were. Train "
-                "domains with fit, or several in one batch with fit_together, then mix again."
+                "domains with fit, then mix again."
             )
         return super().train(False)
 

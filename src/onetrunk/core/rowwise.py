@@ -230,32 +230,34 @@ class _Product(nn.Module):
         """y + F_1 ... F_n z."""
         slot_b = self.slot_d.index_select(0, index_b)
         matrices = [t.index_select(0, slot_b) for t in self.factors_dgpq]
+        if not self.on_input:
+            y = y.clone()  # what is multiplied must stay while the products are added
         if linear:
-            return _added_behind(z, y, matrices, z.shape[0])
-        if matrices[0].shape[1] == 1 and z.is_contiguous(memory_format=torch.channels_last):
+            return _added_behind(z, y, matrices)
+        if matrices[0].shape[1] == 1 and y.is_contiguous(memory_format=torch.channels_last):
             rows = z.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)
-            return _added_behind(*rows, matrices, z.shape[0]).permute(0, 3, 1, 2)
+            return _added_behind(*rows, matrices).permute(0, 3, 1, 2)
         return _added_before(z, y, matrices)
 
 
-def _added_behind(z: Tensor, y: Tensor, matrices: list[Tensor], b: int) -> Tensor:
-    """y + z F_n^T ... F_1^T over the last axis of z (b, ..., i) and y (b, ..., o)."""
-    z_bni, y_bno = z.reshape(b, -1, z.shape[-1]), y.reshape(b, -1, y.shape[-1])
+def _added_behind(z: Tensor, y: Tensor, matrices: list[Tensor]) -> Tensor:
+    """Adds z F_n^T ... F_1^T to y, in place; z is (b, ..., i) and y (b, ..., o)."""
+    z_bni, y_bno = z.reshape(len(z), -1, z.shape[-1]), y.reshape(len(y), -1, y.shape[-1])
     *rest, last = (m[:, 0].transpose(1, 2) for m in reversed(matrices))
     for matrix in rest:
         z_bni = torch.bmm(z_bni, matrix)
-    return torch.baddbmm(y_bno, z_bni, last).view(y.shape)
+    return y_bno.baddbmm_(z_bni, last).view(y.shape)
 
 
 def _added_before(z: Tensor, y: Tensor, matrices: list[Tensor]) -> Tensor:
-    """y + F_1 ... F_n z over axis 1 of z (b, i, h, w) and y (b, o, h, w), group by group."""
+    """Adds F_1 ... F_n z to y, group by group, in place; z is (b, i, h, w) and y (b, o, h, w)."""
     b, g = matrices[0].shape[:2]
     z_bgin = z.reshape(b * g, z.shape[1] // g, -1)
     y_bgon = y.reshape(b * g, y.shape[1] // g, -1)
     first, *rest = (m.flatten(0, 1) for m in matrices)
     for matrix in reversed(rest):
         z_bgin = torch.bmm(matrix, z_bgin)
-    return torch.baddbmm(y_bgon, first, z_bgin).view(y.shape)
+    return y_bgon.baddbmm_(first, z_bgin).view(y.shape)
 
 
 def _filled(factor_gpq: Tensor, n: int, most: list[int]) -> Tensor:
