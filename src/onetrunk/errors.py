@@ -29,6 +29,10 @@ class MixError(OnetrunkError):
     """Domains, or rows of a batch, that cannot go through one network together."""
 
 
+class ExportError(OnetrunkError):
+    """A domain that cannot be written in a format, or not exactly."""
+
+
 class CompressError(OnetrunkError):
     """Domains that cannot be compressed together, or not as far as asked."""
 

@@ -54,7 +54,7 @@ class Rows:
             self._traced if traced else getattr(self._of_thread, "index_b", None)
         )
         assert index_b is not None  # `Mixed.forward` enters `of` first
-        n_images = len(index_b)
+        n_images = index_b.shape[0]  # len() would fix the number in a graph
         if n_rows == n_images:
             return index_b
         if n_rows % n_images:
@@ -148,7 +148,7 @@ class RowwiseSite(Rowwise):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
-        index_b = self.rows.expanded(len(y))
+        index_b = self.rows.expanded(y.shape[0])
         corrected = self._affine(y, index_b)
         for product in self._products:
             z = y if not product.on_input else x if self.tap is None else self._picked(x, y)
@@ -242,7 +242,7 @@ class _Product(nn.Module):
 
 def _added_behind(z: Tensor, y: Tensor, matrices: list[Tensor]) -> Tensor:
     """Adds z F_n^T ... F_1^T to y, in place; z is (b, ..., i) and y (b, ..., o)."""
-    z_bni, y_bno = z.reshape(len(z), -1, z.shape[-1]), y.reshape(len(y), -1, y.shape[-1])
+    z_bni, y_bno = z.reshape(z.shape[0], -1, z.shape[-1]), y.reshape(y.shape[0], -1, y.shape[-1])
     *rest, last = (m[:, 0].transpose(1, 2) for m in reversed(matrices))
     for matrix in rest:
         z_bni = torch.bmm(z_bni, matrix)
@@ -302,7 +302,7 @@ class RowwiseAffine(Rowwise):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x if self.core is None else self.core(x)
-        index_b = self.rows.expanded(len(y))
+        index_b = self.rows.expanded(y.shape[0])
         tables = self.gain_dc, self.shift_dc
         gain, shift = (None if t is None else by_row(t, index_b, y, self.axis) for t in tables)
         if gain is not None and shift is not None:
@@ -331,7 +331,7 @@ class RowwiseModules(Rowwise):
         return list(self.modules_d)
 
     def forward(self, x: Tensor) -> Tensor:
-        index_b, y = self.rows.expanded(len(x)), None
+        index_b, y = self.rows.expanded(x.shape[0]), None
         for k in index_b.unique().tolist():
             own = (index_b == k).nonzero().flatten()
             found = self.modules_d[k](x[own])
@@ -383,7 +383,7 @@ class RowwiseHead(Rowwise):
         conv = self.weight.ndim == 4
         scores = (F.conv2d if conv else F.linear)(x, self.weight, self.bias)
         axis = 1 if conv else -1
-        index_b = self.rows.expanded(len(scores))
+        index_b = self.rows.expanded(scores.shape[0])
         place, own = (t.index_select(0, index_b) for t in (self.place_dc, self.own_dc))
         shape = [1] * scores.ndim
         shape[0], shape[axis] = place.shape
