@@ -1,0 +1,115 @@
+"""One forward: the plain backbone with its norms folded, merged and unmerged domains, runtimes."""
+
+import io
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...core.adapters import Norm
+from ...core.merge import merge
+from ...errors import MissingExtraError, OnetrunkError
+from ...export import export
+from .rounds import Call, Contest
+from .subjects import Subject, peft, quiet
+
+REFERENCE = "plain, norms folded"
+BATCHES = (1, 16)
+
+
+def contests(subject: Subject, compiled: bool = True) -> list[Contest]:
+    """Forwards on one backbone, one image and sixteen at a time."""
+    domain = subject.domain(None).eval()
+    networks: dict[str, nn.Module] = {
+        REFERENCE: _laid_out(merge(subject.domain(Norm()).eval())),
+        "plain": subject.backbone,
+        "merged": _laid_out(merge(domain)),
+        "unmerged": domain,
+    }
+    skipped: dict[str, str] = {}
+    if compiled:
+        networks["merged, torch.compile"] = torch.compile(networks["merged"])  # type: ignore[assignment]
+    for name, make in (("PEFT, merged", _peft_merged), ("ONNX Runtime", _onnx),
+                       ("OpenVINO", _openvino)):  # fmt: skip
+        try:
+            networks[name] = make(subject, domain)
+        except OnetrunkError as error:
+            skipped[name] = str(error)
+    found = []
+    for batch in BATCHES:
+        x_bchw = subject.images(batch)
+        calls = {name: _forward(network, x_bchw) for name, network in networks.items()}
+        title = f"{subject.title}, batch {batch}"
+        found.append(
+            Contest("inference", title, REFERENCE, calls, {"merged": 1.0}, skipped=skipped)
+        )
+    return found
+
+
+def _laid_out(network: nn.Module) -> nn.Module:
+    return network.eval().to(memory_format=torch.channels_last)
+
+
+def _forward(network: nn.Module, x_bchw: Tensor) -> Call:
+    @torch.inference_mode()
+    def forward() -> None:
+        network(x_bchw)
+
+    return forward
+
+
+def _peft_merged(subject: Subject, domain: nn.Module) -> nn.Module:
+    from ..lora import matched_ranks
+
+    library, ranks = peft(), matched_ranks(domain)
+    config = library.LoraConfig(r=1, lora_alpha=1, target_modules=list(ranks), rank_pattern=ranks)
+    import copy
+
+    with quiet():
+        wrapped = library.get_peft_model(copy.deepcopy(subject.backbone), config)
+        return _laid_out(wrapped.merge_and_unload())
+
+
+class _Runs(nn.Module):
+    """A runtime's network, called as a module."""
+
+    def __init__(self, run: object) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x_bchw: Tensor) -> object:
+        return self.run(x_bchw.contiguous().numpy())  # type: ignore[operator]
+
+
+def _exported(domain: nn.Module, folder: str) -> Path:
+    out = Path(folder) / "network.onnx"
+    export(domain, out)
+    return out
+
+
+def _onnx(subject: Subject, domain: nn.Module) -> nn.Module:
+    from ...export.onnx import require
+
+    (runtime,) = require("onnxruntime")
+    with tempfile.TemporaryDirectory() as folder:
+        data = _exported(domain, folder).read_bytes()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return _Runs(lambda x: session.run(None, {"images": x}))
+
+
+def _openvino(subject: Subject, domain: nn.Module) -> nn.Module:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError(
+            'OpenVINO is not installed: pip install "onetrunk[rivals]"'
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        data = _exported(domain, folder).read_bytes()
+    core = openvino.Core()
+    core.set_property("CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    model = core.read_model(io.BytesIO(data))
+    return _Runs(core.compile_model(model, "CPU"))
