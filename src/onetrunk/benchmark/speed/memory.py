@@ -13,15 +13,17 @@ from .subjects import Subject
 N_DOMAINS = (1, 4, 16, 64, 256)
 
 
-def records(subject: Subject, numbers: tuple[int, ...] = N_DOMAINS) -> list[dict[str, Any]]:
+def records(subject: Subject, numbers: tuple[int, ...] = ()) -> list[dict[str, Any]]:
     """Bytes by number of domains: attached, mixed, and as many merged networks."""
-    model = subject.domain(LowRank(RANK)).eval()
+    numbers = numbers or N_DOMAINS
+    every = {f"domain {k}": subject.domain(LowRank(RANK), k).eval() for k in range(max(numbers))}
+    model = every["domain 0"]
     own = sum(t.numel() * t.element_size() for t in delta(model).values())
     merged = network_bytes(merge(model))
     backbone = network_bytes(subject.backbone)
     found = []
     for n in numbers:
-        models = {f"domain {k}": subject.domain(LowRank(RANK), k).eval() for k in range(n)}
+        models = dict(list(every.items())[:n])
         held: Mapping[str, int] = {
             "attached": network_bytes(subject.backbone, *models.values()),
             "mixed": network_bytes(subject.backbone, mix(models)),
