@@ -1,7 +1,10 @@
 """One forward: the plain backbone with its norms folded, merged and unmerged domains, runtimes."""
 
+import copy
+import functools
 import io
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +14,7 @@ from ...core.adapters import Norm
 from ...core.merge import merge
 from ...errors import MissingExtraError, OnetrunkError
 from ...export import export
+from ...export.onnx import require
 from .rounds import Call, Contest
 from .subjects import Subject, peft, quiet
 
@@ -30,10 +34,15 @@ def contests(subject: Subject, compiled: bool = True) -> list[Contest]:
     skipped: dict[str, str] = {}
     if compiled:
         networks["merged, torch.compile"] = torch.compile(networks["merged"])  # type: ignore[assignment]
-    for name, make in (("PEFT, merged", _peft_merged), ("ONNX Runtime", _onnx),
-                       ("OpenVINO", _openvino)):  # fmt: skip
+    data = functools.cache(lambda: _onnx_file(domain))  # for two that read it
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "PEFT, merged": lambda: _peft_merged(subject, domain),
+        "ONNX Runtime": lambda: _onnx_runtime(data()),
+        "OpenVINO": lambda: _openvino(data()),
+    }
+    for name, make in makers.items():
         try:
-            networks[name] = make(subject, domain)
+            networks[name] = make()
         except OnetrunkError as error:
             skipped[name] = str(error)
     found = []
@@ -64,8 +73,6 @@ def _peft_merged(subject: Subject, domain: nn.Module) -> nn.Module:
 
     library, ranks = peft(), matched_ranks(domain)
     config = library.LoraConfig(r=1, lora_alpha=1, target_modules=list(ranks), rank_pattern=ranks)
-    import copy
-
     with quiet():
         wrapped = library.get_peft_model(copy.deepcopy(subject.backbone), config)
         return _laid_out(wrapped.merge_and_unload())
@@ -82,34 +89,28 @@ class _Runs(nn.Module):
         return self.run(x_bchw.contiguous().numpy())  # type: ignore[operator]
 
 
-def _exported(domain: nn.Module, folder: str) -> Path:
-    out = Path(folder) / "network.onnx"
-    export(domain, out)
-    return out
-
-
-def _onnx(subject: Subject, domain: nn.Module) -> nn.Module:
-    from ...export.onnx import require
-
-    (runtime,) = require("onnxruntime")
+def _onnx_file(domain: nn.Module) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        data = _exported(domain, folder).read_bytes()
+        out = Path(folder) / "network.onnx"
+        export(domain, out)
+        return out.read_bytes()
+
+
+def _onnx_runtime(data: bytes) -> nn.Module:
+    (runtime,) = require("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     return _Runs(lambda x: session.run(None, {"images": x}))
 
 
-def _openvino(subject: Subject, domain: nn.Module) -> nn.Module:
+def _openvino(data: bytes) -> nn.Module:
     try:
         import openvino
     except ImportError as error:
         raise MissingExtraError(
             'OpenVINO is not installed: pip install "onetrunk[rivals]"'
         ) from error
-    with tempfile.TemporaryDirectory() as folder:
-        data = _exported(domain, folder).read_bytes()
     core = openvino.Core()
     core.set_property("CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
-    model = core.read_model(io.BytesIO(data))
-    return _Runs(core.compile_model(model, "CPU"))
+    return _Runs(core.compile_model(core.read_model(io.BytesIO(data)), "CPU"))

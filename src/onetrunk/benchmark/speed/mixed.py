@@ -4,6 +4,7 @@ The reference is the plain backbone over the whole batch. The limit counts multi
 the backbone, and of each row's own corrections.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -78,8 +79,6 @@ def _one_by_one(subject: Subject, n: int, x_bchw: Tensor, index_b: Tensor) -> Ca
 
 def _peft(subject: Subject, n: int, x_bchw: Tensor, index_b: Tensor) -> Call:
     """PEFT's mixed batch over the same layers; its networks share norms and head."""
-    import copy
-
     library = peft()
     sites = list(domain_of(subject.domain(LowRank(RANK))).plan)
     config = library.LoraConfig(r=RANK, target_modules=sites)
