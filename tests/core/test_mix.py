@@ -146,6 +146,17 @@ def test_one_domain_more_and_one_less_are_new_mixtures(
     assert all(map(torch.equal, mixed(images(), ROWS), before))
 
 
+def test_a_mixture_of_another_type_takes_domains_of_that_type(
+    make: Callable[..., nn.Module], models: dict[str, nn.Module]
+) -> None:
+    mixed, late = ot.mix(models).double(), make("late", ot.LowRank(2)).double()
+    larger, rows, x = mixed.with_domain("late", late), ["late", *ROWS[1:]], images().double()
+    for k, (scores, name) in enumerate(zip(larger(x, rows), rows, strict=True)):
+        own = {**models, "late": late}[name].double()(x)[k]
+        assert (scores - own).abs().max() <= 1e-7 * own.abs().max()
+    assert models["signs"].double()[0].layer.weight.dtype == torch.float64
+
+
 def test_domains_of_any_ranks_and_plans_go_together(make: Callable[..., nn.Module]) -> None:
     where = ot.Where(pattern="3")
     models = {
@@ -246,6 +257,12 @@ def test_what_shares_no_forward_is_refused(
     foreign = attach(other, ot.Norm(), ("a", "b"), input_size=(3, 8, 8))
     with pytest.raises(MixError, match=r"'foreign' is over backbone .* the others over"):
         ot.mix({**models, "foreign": foreign})
+
+
+def test_domains_of_other_types_are_refused(models: dict[str, nn.Module]) -> None:
+    models["signs"].double()
+    with pytest.raises(MixError, match=r"'signs' is torch.float64 on cpu, the first one torch.flo"):
+        ot.mix(models)
 
 
 def test_a_copy_of_the_backbone_is_the_same_backbone(

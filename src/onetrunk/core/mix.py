@@ -204,6 +204,13 @@ class Mixed(nn.Module):
             )
         return super().train(False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Mixed":
+        """`.to()`, `.half()` ...: what a later domain goes into is moved along."""
+        moved = copy_tree(self._first[0])
+        moved._apply(fn)
+        self._first = (moved,)
+        return super()._apply(fn, recurse)
+
     def _scores(self, images_bchw: Tensor, index_b: Tensor) -> Tensor:
         with self._rows.of(index_b):
             scores: Tensor = self.network(images_bchw)
@@ -250,6 +257,7 @@ def _read(name: str, model: nn.Module, first: nn.Module) -> _Domain:
             "with others. Leave it out and call it by itself, or merge it."
         )
     _refuse_other_backbone(name, model, first)
+    _refuse_other_kind(name, model, first)
     base = _base(model)
     sites, norms, heads = {}, {}, {}
     for path, module in model.named_modules():
@@ -273,6 +281,15 @@ def _refuse_other_backbone(name: str, model: nn.Module, first: nn.Module) -> Non
         raise MixError(
             f"domain {name!r} is over backbone {prints[1][:12]}..., the others over "
             f"{prints[0][:12]}...: there is no forward to share. Mix the domains of one backbone."
+        )
+
+
+def _refuse_other_kind(name: str, model: nn.Module, first: nn.Module) -> None:
+    ours, theirs = (next(m.parameters()) for m in (first, model))
+    if (ours.dtype, ours.device) != (theirs.dtype, theirs.device):
+        raise MixError(
+            f"domain {name!r} is {theirs.dtype} on {theirs.device}, the first one {ours.dtype} on "
+            f"{ours.device}: bring them to one type and device with .to() first."
         )
 
 
