@@ -162,6 +162,45 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_makes_no_graph_is_said(
+    tmp_path: Path, make: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x).mean((2, 3))
+            return self.fc(y if float(y.detach().sum()) > 0 else -y)
+
+    model = ot.attach(Branches(), ot.Parallel(), ("a", "b"), input_size=(3, 8, 8), head="fc")
+    with pytest.raises(ExportError, match="Branches cannot be made into one graph"):
+        export(model.eval(), tmp_path / "x.pt2")
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", broken)
+    with pytest.raises(ExportError, match=r"into ONNX \(RuntimeError: no such operator\)"):
+        export(make(), tmp_path / "x.onnx")
+    with pytest.raises(ExportError, match=r"in torch.bfloat16, in which ONNX Runtime has no"):
+        export(make().bfloat16(), tmp_path / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_tell_nothing_of_the_machine_that_wrote_them(
+    make: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    export(make(), tmp_path / "x.onnx", images=images())
+    export(make(), tmp_path / "x.pt2", images=images())
+    here = str(Path(ot.__file__).parents[2]).encode()
+    packages = b"site-packages"
+    for name in ("x.onnx", "x.pt2"):
+        data = (tmp_path / name).read_bytes()
+        assert here not in data and packages not in data
+
+
 def test_weights_beyond_one_onnx_file_are_refused() -> None:
     network = nn.Linear(1, 1, bias=False)
     network.weight = nn.Parameter(torch.empty(LIMIT_BYTES // 4 + 1, device="meta"))

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from ..bank.bank import Bank
 from ..core.attach import domain_of
 from ..data import Prepared, load
-from ..errors import ExportError
+from ..errors import ExportError, MissingExtraError
 from ..export import Exported, export, export_together
 from ..export.base import N_CHECKED
 from .console import Screen, size
+
+PHOTOS = "builtin:photos"
 
 
 def run(
@@ -40,6 +42,7 @@ def run(
             "FILE.onnx, or export them one by one."
         )
     model = models[names[0]]
+    source = source or _photographs(model)
     images = None if source is None else _images(source, model)
     screen.say(f"checking on {'noise' if images is None else f'{len(images)} images of {source}'}")
     if together:
@@ -48,6 +51,17 @@ def run(
         report = export(model, out, format=file_format, images=images)
     _say(report, screen)
     screen.finish({"domains": names, "checked_on": source or "noise", **dataclasses.asdict(report)})
+
+
+def _photographs(model: nn.Module) -> str | None:
+    """Real pictures that come with installed packages; None where there are none, or no use."""
+    if domain_of(model).preprocessing is None:
+        return None
+    try:
+        load(PHOTOS)
+    except MissingExtraError:
+        return None
+    return PHOTOS
 
 
 def _images(source: str, model: nn.Module) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..backbones import fingerprint
 from ..core.attach import domain_of, own_size
 from ..core.merge import difference
+from ..core.trace import trace
 from ..errors import BankError, ExportError
 from ..files import reason, write_atomically
 
@@ -47,23 +48,11 @@ class Format:
     export: Callable[[nn.Module, Path, Tensor], Exported]
 
 
-class FromFile(nn.Module):
-    """The network of a file, as a module."""
-
-    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.run = run
-
-    def forward(self, x_bchw: Tensor) -> Tensor:
-        return self.run(x_bchw)
-
-
 def noise(model: nn.Module) -> Tensor:
     """Seeded images of the domain's size, for a check where there are no real ones."""
-    channels, rows, columns = own_size(domain_of(model)) or (3, 64, 64)
-    generator = torch.Generator().manual_seed(0)
-    like = next(model.parameters())
-    images = torch.randn(N_CHECKED, channels, rows, columns, generator=generator)
+    domain, like = domain_of(model), next(model.parameters())
+    size = own_size(domain) or trace(domain.backbone).input_size
+    images = torch.randn((N_CHECKED, *size), generator=torch.Generator().manual_seed(0))
     return images.to(like.device, like.dtype)
 
 
@@ -107,7 +96,7 @@ def checked(
         ExportError: where that is beyond rounding.
     """
     batches = (images_bchw[:1], images_bchw[:3], images_bchw)
-    results = [difference(model, FromFile(run), batch) for batch in batches]
+    results = [difference(model, run, batch) for batch in batches]
     found = max(results, key=lambda f: f["difference"] / max(f["limit"], 1e-30))
     if not found["difference"] <= found["limit"]:
         raise ExportError(

@@ -4,13 +4,10 @@ The input is `images` (batch, c, h, w), the output `logits` (batch, classes); cl
 preprocessing are in the model's metadata.
 """
 
-import contextlib
-import io
 import json
-import logging
+import re
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ from .base import (
     noise,
     save,
 )
+from .program import first_line, quietly, traced
 
 OPSET = 18
 LIMIT_BYTES = 2_000_000_000  # of one protobuf file
@@ -67,21 +65,45 @@ def writer(
             "Use --format pt2 or safetensors."
         )
 
+    _refuse_unknown_type(examples[0])
+
     def write(path: Path) -> None:
-        batch = torch.export.Dim("batch", min=1)
-        shapes = tuple({0: batch} for _ in examples)
-        with _quiet():
-            program = torch.onnx.export(
-                network, examples, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes,
-                input_names=list(names), output_names=[output], verbose=False,
-            )  # fmt: skip
-        assert program is not None
-        proto: Any = program.model_proto
-        onnx.helper.set_model_props(proto, texts)
-        onnx.checker.check_model(proto)
+        program = traced(network, examples)
+        try:
+            with quietly():
+                made = torch.onnx.export(
+                    program, dynamo=True, opset_version=OPSET, input_names=list(names),
+                    output_names=[output], external_data=False, verbose=False,
+                )  # fmt: skip
+            proto: Any = made.model_proto  # type: ignore[union-attr]  # with dynamo=True
+            _name_batch(proto.graph)
+            onnx.helper.set_model_props(proto, texts)
+            onnx.checker.check_model(proto)
+        except Exception as error:  # whatever the exporter raises is only reported
+            raise ExportError(
+                f"{type(network).__name__} cannot be translated into ONNX ({first_line(error)}). "
+                "Export it with --format pt2 or safetensors."
+            ) from error
         path.write_bytes(proto.SerializeToString())
 
     return write
+
+
+def _name_batch(graph: Any) -> None:
+    """`batch` in the place of torch's symbol (s77), and of expressions of it (4*s77)."""
+    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(rf"\b{symbol}\b", "batch", dim.dim_param)
+
+
+def _refuse_unknown_type(images_bchw: Tensor) -> None:
+    if images_bchw.dtype not in (torch.float32, torch.float16):
+        raise ExportError(
+            f"the domain's network is in {images_bchw.dtype}, in which ONNX Runtime has no "
+            "convolutions on a CPU: the file could not be checked. Export model.float()."
+        )
 
 
 def require(*packages: str) -> list[Any]:
@@ -101,19 +123,6 @@ def require(*packages: str) -> list[Any]:
                 f'ONNX needs {package}, which is not installed: pip install "onetrunk[export]"'
             ) from error
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter reports its progress and what it could not optimise; the check judges."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def session(path: Path) -> Any:

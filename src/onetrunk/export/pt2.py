@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.merge import merge
 from .base import Exported, Format, export_checked, for_export, metadata
+from .program import traced
 
 
 def export_pt2(model: nn.Module, out: Path, images_bchw: Tensor) -> Exported:
@@ -21,8 +22,7 @@ def export_pt2(model: nn.Module, out: Path, images_bchw: Tensor) -> Exported:
     texts = metadata(model)
 
     def write(path: Path) -> None:
-        batch = torch.export.Dim("batch", min=1)
-        program = torch.export.export(merged, (example,), dynamic_shapes=({0: batch},))
+        program = traced(merged, (example,))
         program.example_inputs = None  # torch would pickle them
         buffer = io.BytesIO()
         torch.export.save(program, buffer, extra_files=dict(texts))
