@@ -37,7 +37,8 @@ def invented(title="net, 16 px", **seconds: list[float]) -> list[dict]:
         {
             "group": "step", "title": title, "reference": next(iter(seconds)), "round": k,
             "seconds": dict(zip(seconds, values, strict=True)), "limits": {"ours": 0.4},
-            "bytes": {"plain": 1000, "ours": 500}, "skipped": {"rival": "it is missing"}, **MACHINE,
+            "bytes": {"plain": 1000, "ours": 500}, "skipped": {"rival": "it is missing"},
+            "cores": 2, **MACHINE,
         }
         for k, values in enumerate(rounds)
     ]  # fmt: skip
@@ -106,15 +107,24 @@ def test_the_report_shows_ratios_limits_bytes_and_what_was_left_out(tmp_path):
     assert "| ours | 1000.0 | 0.50 (0.50 to 0.62) | 0.40 | 0 | 0.50 |" in text
     assert "rival: not run. it is missing" in text and "3 interleaved rounds" in text
     assert bars(rounds).startswith(PNG)
-    files = write(rounds, tmp_path, "onetrunk benchmark speed")
-    assert {path.name for path in files} == {"speed.md", "speed.json", "step-net-16-px.png"}
-    assert json.loads((tmp_path / "speed.json").read_text()) == rounds
-    assert "a machine, 1 thread(s), torch 2.6.0" in (tmp_path / "speed.md").read_text()
+    many = [
+        {**r, "group": "mixed", "title": f"{net}, 16 px, {n} domains in a batch of 6"}
+        for r in rounds for net in ("one", "other") for n in (1, 4)
+    ]  # fmt: skip
+    files = write([*rounds, *many], tmp_path, "onetrunk benchmark speed")
+    assert {path.name for path in files} == {
+        "speed.md", "speed.json", "step-net-16-px.png", "mixed-one-16-px.png",
+        "mixed-other-16-px.png",
+    }  # fmt: skip
+    assert json.loads((tmp_path / "speed.json").read_text()) == [*rounds, *many]
+    assert "a machine, 2 core(s), 1 thread(s), torch 2.6.0" in (tmp_path / "speed.md").read_text()
 
 
 def test_what_cannot_be_run_is_refused_first(tmp_path):
     with pytest.raises(SpecError, match="no group 'latency' in benchmark speed: it has step"):
         run(("latency",), SUBJECTS, 3, tmp_path)
+    with pytest.raises(SpecError, match="after @ comes the side in pixels"):
+        run(("step",), ("resnet26(width=0.125)@large",), 3, tmp_path)
     with pytest.raises(TrainingError, match="2 rounds have no spread: give --repeats 3"):
         run(("step",), SUBJECTS, 2, tmp_path)
     assert list(tmp_path.iterdir()) == []

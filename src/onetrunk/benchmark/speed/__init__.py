@@ -4,7 +4,7 @@ One file a group, and its line in GROUPS.
 """
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .rounds import Contest, run_rounds
 from .subjects import Subject
 
 Progress = Callable[[int, int, str], None]
-GROUPS: Mapping[str, Callable[[Subject], Sequence[Contest]]] = {
+GROUPS: Mapping[str, Callable[[Subject], Iterator[Contest]]] = {
     "step": step.contests,
     "inference": inference.contests,
     "mixed": mixed.contests,
@@ -52,11 +52,11 @@ def run(
             f"{n_rounds} rounds have no spread: give --repeats {LEAST_ROUNDS} or more."
         )
     ledger, records = Ledger(out), []
-    jobs = [(subject, group) for subject in subjects for group in groups]
-    for place, (text, group) in enumerate(jobs):
+    read = [Subject.read(text) for text in subjects]  # refused before hours of work
+    jobs = [(subject, group) for subject in read for group in groups]
+    for place, (subject, group) in enumerate(jobs):
         if progress is not None:
-            progress(place, len(jobs), f"{group}, {text}")
-        subject = Subject.read(text)
+            progress(place, len(jobs), f"{group}, {subject.title}")
         if group == MEMORY:
             records += [{"group": MEMORY, **record} for record in memory.records(subject)]
             continue

@@ -1,10 +1,9 @@
 """One forward: the plain backbone with its norms folded, merged and unmerged domains, runtimes."""
 
-import copy
 import functools
 import io
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,22 +11,22 @@ from torch import Tensor, nn
 
 from ...core.adapters import Norm
 from ...core.merge import merge
-from ...errors import MissingExtraError, OnetrunkError
+from ...errors import MissingExtraError, OnetrunkError, SpecError
 from ...export import export
 from ...export.onnx import require
 from .rounds import Call, Contest
-from .subjects import Subject, peft, quiet
+from .subjects import Subject, device, peft, quiet
 
 REFERENCE = "plain, norms folded"
 BATCHES = (1, 16)
 
 
-def contests(subject: Subject, compiled: bool = True) -> list[Contest]:
-    """Forwards on one backbone, one image and sixteen at a time."""
-    domain = subject.domain(None).eval()
+def contests(subject: Subject, compiled: bool = True) -> Iterator[Contest]:
+    """Forwards on one backbone, one image and sixteen at a time; every head has ten classes."""
+    domain, plain = subject.domain(None).eval(), subject.domain(Norm()).eval()
     networks: dict[str, nn.Module] = {
-        REFERENCE: _laid_out(merge(subject.domain(Norm()).eval())),
-        "plain": subject.backbone,
+        REFERENCE: _laid_out(merge(plain)),
+        "plain": _laid_out(merge(plain, fold_norms=False)),
         "merged": _laid_out(merge(domain)),
         "unmerged": domain,
     }
@@ -36,7 +35,7 @@ def contests(subject: Subject, compiled: bool = True) -> list[Contest]:
         networks["merged, torch.compile"] = torch.compile(networks["merged"])  # type: ignore[assignment]
     data = functools.cache(lambda: _onnx_file(domain))  # for two that read it
     makers: dict[str, Callable[[], nn.Module]] = {
-        "PEFT, merged": lambda: _peft_merged(subject, domain),
+        "PEFT, merged": lambda: _peft_merged(merge(plain, fold_norms=False), domain),
         "ONNX Runtime": lambda: _onnx_runtime(data()),
         "OpenVINO": lambda: _openvino(data()),
     }
@@ -45,15 +44,11 @@ def contests(subject: Subject, compiled: bool = True) -> list[Contest]:
             networks[name] = make()
         except OnetrunkError as error:
             skipped[name] = str(error)
-    found = []
     for batch in BATCHES:
         x_bchw = subject.images(batch)
         calls = {name: _forward(network, x_bchw) for name, network in networks.items()}
         title = f"{subject.title}, batch {batch}"
-        found.append(
-            Contest("inference", title, REFERENCE, calls, {"merged": 1.0}, skipped=skipped)
-        )
-    return found
+        yield Contest("inference", title, REFERENCE, calls, {"merged": 1.0}, skipped=skipped)
 
 
 def _laid_out(network: nn.Module) -> nn.Module:
@@ -68,13 +63,13 @@ def _forward(network: nn.Module, x_bchw: Tensor) -> Call:
     return forward
 
 
-def _peft_merged(subject: Subject, domain: nn.Module) -> nn.Module:
+def _peft_merged(network: nn.Module, domain: nn.Module) -> nn.Module:
     from ..lora import matched_ranks
 
     library, ranks = peft(), matched_ranks(domain)
     config = library.LoraConfig(r=1, lora_alpha=1, target_modules=list(ranks), rank_pattern=ranks)
     with quiet():
-        wrapped = library.get_peft_model(copy.deepcopy(subject.backbone), config)
+        wrapped = library.get_peft_model(network, config)
         return _laid_out(wrapped.merge_and_unload())
 
 
@@ -90,6 +85,8 @@ class _Runs(nn.Module):
 
 
 def _onnx_file(domain: nn.Module) -> bytes:
+    if device() != "cpu":
+        raise SpecError("timed on the CPU only, and this run is on a GPU.")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "network.onnx"
         export(domain, out)

@@ -5,7 +5,7 @@ the backbone, and of each row's own corrections.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,12 @@ FULL, LOW = "mix, parallel", f"mix, rank {RANK}"
 
 def contests(
     subject: Subject, batch: int = BATCH, numbers: tuple[int, ...] = N_DOMAINS
-) -> list[Contest]:
+) -> Iterator[Contest]:
     """Batches of a growing number of domains on one backbone."""
-    x_bchw, found = subject.images(batch), []
+    x_bchw = subject.images(batch)
     limits = {FULL: _limit(subject, Parallel()), LOW: _limit(subject, LowRank(RANK))}
     for n in numbers:
-        index_b = torch.arange(batch) % n
+        index_b = (torch.arange(batch) % n).to(x_bchw.device)
         calls: dict[str, Call] = {REFERENCE: _call(subject.backbone, x_bchw)}
         for name, family in ((FULL, Parallel()), (LOW, LowRank(RANK))):
             if name == FULL and n > MOST_PEFT:
@@ -49,8 +49,7 @@ def contests(
             except OnetrunkError as error:
                 skipped["PEFT"] = str(error)
         title = f"{subject.title}, {n} domains in a batch of {batch}"
-        found.append(Contest("mixed", title, REFERENCE, calls, limits, skipped=skipped))
-    return found
+        yield Contest("mixed", title, REFERENCE, calls, limits, skipped=skipped)
 
 
 def _call(network: Callable[..., object], *args: object) -> Call:
@@ -67,12 +66,13 @@ def _mixed(subject: Subject, family: Family, n: int, x_bchw: Tensor, index_b: Te
 
 
 def _one_by_one(subject: Subject, n: int, x_bchw: Tensor, index_b: Tensor) -> Call:
-    networks = [merge(subject.domain(LowRank(RANK), k).eval()) for k in range(n)]
+    merged = [merge(subject.domain(LowRank(RANK), k).eval()) for k in range(n)]
+    networks = [network.to(memory_format=torch.channels_last) for network in merged]
     rows = [(index_b == k).nonzero().flatten() for k in range(n)]
 
     def run() -> None:
         for network, own in zip(networks, rows, strict=True):
-            network.to(memory_format=torch.channels_last)(x_bchw[own])
+            network(x_bchw[own])
 
     return _call(run)
 

@@ -29,6 +29,14 @@ def by_title(records: Rounds) -> dict[str, list[Mapping[str, Any]]]:
     return found
 
 
+def by_backbone(records: Rounds) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+    """Backbone and pixels -> the contests of mixed batches on it."""
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for title, rounds in by_title(records).items():
+        found.setdefault(title.rpartition(", ")[0], {})[title] = rounds
+    return found
+
+
 def contest_table(rounds: Rounds) -> Table:
     """Each contestant's seconds, its ratio with quartiles, the limit, and bytes where counted."""
     first, found = rounds[0], ratios(rounds)
@@ -137,8 +145,9 @@ def write(records: Sequence[Mapping[str, Any]], out: Path, command: str) -> list
                 files.append(out / f"{_slug(group, title)}.png")
                 write_atomically(files[-1], bars(rounds))
         if group == "mixed":
-            files.append(out / "mixed.png")
-            write_atomically(files[-1], mixed_curves(by_title(own)))
+            for title, contests in by_backbone(own).items():
+                files.append(out / f"{_slug(group, title)}.png")
+                write_atomically(files[-1], mixed_curves(contests))
     texts = {
         "speed.md": "\n\n".join(parts) + "\n",
         "speed.json": json.dumps(list(records), indent=1),
@@ -152,7 +161,8 @@ def write(records: Sequence[Mapping[str, Any]], out: Path, command: str) -> list
 def machine_line(records: Sequence[Mapping[str, Any]]) -> str:
     """The machine that rounds were timed on."""
     machines = {
-        f"{r['machine']}, {r['threads']} thread(s), torch {r['torch']}"
+        f"{r['machine']}, {r.get('cores', '?')} core(s), {r['threads']} thread(s), "
+        f"torch {r['torch']}"
         for r in records
         if "machine" in r
     }

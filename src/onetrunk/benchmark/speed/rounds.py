@@ -4,6 +4,7 @@ A round runs every contestant once, in an order drawn by its number. A ratio is 
 round, against the reference of that round; medians and quartiles are of these ratios.
 """
 
+import os
 import random
 import statistics
 import time
@@ -75,6 +76,7 @@ def run_rounds(
 
 def _facts(contest: Contest) -> dict[str, Any]:
     return {
+        "cores": os.cpu_count(),
         "reference": contest.reference,
         "limits": dict(contest.limits),
         "bytes": dict(contest.bytes),

@@ -4,7 +4,7 @@ The limit: a step multiplies forward, for the inputs' gradient and for the weigh
 the last but for their own numbers; a probe spares both, as nothing below the head is trained.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,13 @@ from ...core.attach import domain_of
 from ...core.trace import trace
 from ...errors import OnetrunkError
 from .rounds import Call, Contest
-from .subjects import Subject, peft, quiet, take_apart
+from .subjects import CLASSES, Subject, peft, quiet, take_apart
 
 BATCH, RANK = 32, 8
 REFERENCE = "fine-tuning"
 
 
-def contests(subject: Subject, batch: int = BATCH) -> list[Contest]:
+def contests(subject: Subject, batch: int = BATCH) -> Iterator[Contest]:
     """Training steps on one backbone."""
     default = subject.domain(None)
     dense = isinstance(next(iter(domain_of(default).plan.values())), Parallel)
@@ -41,15 +41,13 @@ def contests(subject: Subject, batch: int = BATCH) -> list[Contest]:
         skipped[lora] = str(error)
     present = {name: model for name, model in models.items() if model is not None}
     x_bchw = subject.images(batch)
-    return [
-        Contest(
-            "step", f"{subject.title}, batch {batch}", REFERENCE,
-            calls={name: _step(model, x_bchw) for name, model in present.items()},
-            limits=_limits(subject, adapter),
-            bytes={name: peak_bytes(model, x_bchw) for name, model in present.items()},
-            skipped=skipped,
-        )
-    ]  # fmt: skip
+    yield Contest(
+        "step", f"{subject.title}, batch {batch}", REFERENCE,
+        calls={name: _step(model, x_bchw) for name, model in present.items()},
+        limits=_limits(subject, adapter),
+        bytes={name: peak_bytes(model, x_bchw) for name, model in present.items()},
+        skipped=skipped,
+    )  # fmt: skip
 
 
 def _lora(subject: Subject, twin: nn.Module) -> nn.Module:
@@ -74,7 +72,7 @@ def _step(model: nn.Module, x_bchw: Tensor) -> Call:
     model.train()
     own = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=1e-5)
-    labels = torch.arange(len(x_bchw)) % 10
+    labels = (torch.arange(len(x_bchw)) % len(CLASSES)).to(x_bchw.device)
 
     def step() -> None:
         optimizer.zero_grad()

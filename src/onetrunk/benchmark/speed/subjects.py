@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...backbones import backbone as build_backbone
 from ...core.adapters import Family
 from ...core.attach import Adapted, attach, delta
-from ...errors import MissingExtraError
+from ...errors import MissingExtraError, SpecError
 
 CLASSES = tuple(f"class {c}" for c in range(10))
 
@@ -30,17 +30,19 @@ class Subject:
         """`NAME` or `NAME@PIXELS`, e.g. `timm:resnet50@224`; 64 pixels by default.
 
         Raises:
-            BackboneError, SpecError: where the backbone cannot be built.
+            BackboneError, SpecError: where the backbone cannot be built, or PIXELS is no number.
         """
         name, _, pixels = text.partition("@")
-        module = build_backbone(name, pretrained=False).eval()
+        if pixels and not pixels.isdecimal():
+            raise SpecError(f"{text!r}: after @ comes the side in pixels, e.g. {name}@224.")
+        module = build_backbone(name, pretrained=False).eval().to(device())
         return cls(name, int(pixels or 64), module.to(memory_format=torch.channels_last))
 
     def images(self, n: int) -> Tensor:
         """Seeded noise (n, 3, S, S), channels last as the backbone."""
         generator = torch.Generator().manual_seed(0)
         x_bchw = torch.randn(n, 3, self.size_px, self.size_px, generator=generator)
-        return x_bchw.contiguous(memory_format=torch.channels_last)
+        return x_bchw.to(device()).contiguous(memory_format=torch.channels_last)
 
     def domain(self, family: Family | None, seed: int = 0) -> nn.Module:
         """A domain whose adapters are away from zero."""
@@ -50,12 +52,18 @@ class Subject:
         with torch.no_grad():
             for name, tensor in delta(model).items():
                 if ".adapter." in name and tensor.is_floating_point():
-                    tensor.copy_(0.02 * torch.randn(tensor.shape, generator=generator))
+                    drawn = 0.02 * torch.randn(tensor.shape, generator=generator)
+                    tensor.copy_(drawn.to(tensor.device))
         return model
 
     @property
     def title(self) -> str:
         return f"{self.name}, {self.size_px} px"
+
+
+def device() -> str:
+    """Where everything is timed: CUDA where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def take_apart(model: nn.Module) -> nn.Module:
