@@ -91,6 +91,7 @@ def test_an_onnx_file_runs_in_onnx_runtime_and_openvino(
     texts = run.get_modelmeta().custom_metadata_map
     assert json.loads(texts["classes"]) == list(CLASSES)
     assert json.loads(texts["preprocessing"])["size_px"] == 16 and len(texts["backbone"]) == 64
+    assert json.loads(texts["image"]) == [3, 16, 16] and texts["onetrunk"] == ot.__version__
     openvino = pytest.importorskip("openvino")
     compiled = openvino.compile_model(openvino.Core().read_model(out), "CPU")
     found = compiled(images(3).numpy())[0]
@@ -118,6 +119,30 @@ def test_one_onnx_file_holds_many_domains(make: Callable[..., nn.Module], tmp_pa
         assert (logits[k, len(own) :] == -np.inf).all()
 
 
+def test_one_limit_holds_for_all_images_in_batches_of_several_sizes(
+    make: Callable[..., nn.Module],
+) -> None:
+    model, sizes = make(), []
+
+    def run(x_bchw: Tensor) -> Tensor:
+        sizes.append(len(x_bchw))
+        return model(x_bchw).detach()
+
+    assert base_module.checked(Path("x.pt2"), model, run, images(8))["difference"] < 1e-5
+    assert sizes == [1, 3, 4]
+
+
+def test_a_channels_last_network_and_a_folder_in_the_way(
+    make: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    model = make().to(memory_format=torch.channels_last)
+    report = export(model, tmp_path / "x.safetensors")
+    assert report.difference <= report.limit
+    (tmp_path / "x.onnx").mkdir()
+    with pytest.raises(BankError, match=r"x\.onnx could not be written: it is a folder"):
+        export(model, tmp_path / "x.onnx")
+
+
 def test_weights_say_where_no_stock_architecture_fits(
     make: Callable[..., nn.Module], tmp_path: Path
 ) -> None:
@@ -135,7 +160,6 @@ def test_an_export_that_computes_something_else_is_not_written(
         return {"difference": 0.5, "noise": 1e-7, "limit": 2e-6}
 
     monkeypatch.setattr(base_module, "difference", far)
-    monkeypatch.setattr("onetrunk.export.weights.difference", far)
     monkeypatch.setattr("onetrunk.core.merge.difference", far)
     with pytest.raises(ot.OnetrunkError, match=r"5.0e-01 of the largest"):
         export(make(), tmp_path / f"x.{name}", images=images())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from . import onnx, pt2, weights
-from .base import N_CHECKED, Format, noise
+from .base import N_CHECKED, Format, noise, refuse_place
 from .base import Exported as Exported
 from .onnx import export_together as export_together
 
@@ -44,5 +44,6 @@ def export(
     if name not in FORMATS:
         given = f"format {name!r}" if format else f"the ending of {out.name}"
         raise ExportError(f"{given} is none of {', '.join(FORMATS)}. Use --format, or format=.")
+    refuse_place(out)
     checked = noise(model) if images is None else images[:N_CHECKED]
     return FORMATS[name].export(model, out, checked)

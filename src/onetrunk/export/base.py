@@ -1,5 +1,6 @@
 """What every export format does: write, read back, run, compare, and only then appear."""
 
+import importlib.metadata
 import json
 import tempfile
 from collections.abc import Callable
@@ -60,7 +61,10 @@ def metadata(model: nn.Module) -> dict[str, str]:
     """What a reader needs beside the network: JSON texts by name."""
     domain = domain_of(model)
     preprocessing = domain.preprocessing and domain.preprocessing.to_json()
+    shape = own_size(domain) or trace(domain.backbone).input_size
     return {
+        "onetrunk": importlib.metadata.version("onetrunk"),
+        "image": json.dumps(list(shape)),
         "classes": json.dumps(list(domain.classes)),
         "preprocessing": json.dumps(preprocessing),
         "backbone": fingerprint(domain.backbone),
@@ -71,33 +75,38 @@ def export_checked(
     model: nn.Module,
     merged: nn.Module,
     out: Path,
-    format: str,
+    name: str,
     images_bchw: Tensor,
     write: Callable[[Path], None],
     read: Callable[[Path], Callable[[Tensor], Tensor]],
+    architecture: str | None = None,
 ) -> Exported:
     """The file that `write` makes, once what `read` gives of it computes what the domain does."""
     with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder) / f"network.{format}"
+        draft = Path(folder) / f"network.{name}"
         write(draft)
         found = checked(out, model, read(draft), images_bchw)
         data = draft.read_bytes()
     save(out, data)
     numbers = sum(t.numel() for t in merged.state_dict().values())
-    return Exported(str(out), format, len(data), numbers, None, **found)
+    return Exported(str(out), name, len(data), numbers, architecture, **found)
 
 
 def checked(
     out: Path, model: nn.Module, run: Callable[[Tensor], Tensor], images_bchw: Tensor
 ) -> dict[str, float]:
-    """`difference` to the domain's own network, of batches of several sizes, the worst of them.
+    """`difference` to the domain's own network, the file's run in batches of several sizes.
 
     Raises:
         ExportError: where that is beyond rounding.
     """
-    batches = (images_bchw[:1], images_bchw[:3], images_bchw)
-    results = [difference(model, run, batch) for batch in batches]
-    found = max(results, key=lambda f: f["difference"] / max(f["limit"], 1e-30))
+    sizes = [1, 3, len(images_bchw)]
+
+    def in_batches(x_bchw: Tensor) -> Tensor:
+        return torch.cat([run(part) for part in x_bchw.split(_cut(len(x_bchw), sizes))])
+
+    # noise is measured over all images at once: one image alone may have next to none by chance
+    found = difference(model, in_batches, images_bchw)
     if not found["difference"] <= found["limit"]:
         raise ExportError(
             f"{out} was not written: read back, its network differs from the domain's by "
@@ -105,6 +114,25 @@ def checked(
             f"limit (rounding noise {found['noise']:.1e})."
         )
     return found
+
+
+def _cut(n: int, sizes: list[int]) -> list[int]:
+    """`n` as a sum of the sizes in turn, the last one cut."""
+    found: list[int] = []
+    while sum(found) < n:
+        found.append(min(sizes[len(found) % len(sizes)], n - sum(found)))
+    return found
+
+
+def refuse_place(out: Path) -> None:
+    """Before the work: a file cannot take a folder's place, nor lie in a folder that is not there.
+
+    Raises:
+        BankError: where that is so.
+    """
+    if out.is_dir() or not out.parent.is_dir():
+        what = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise BankError(f"{out} could not be written: {what}. Give the path of a file.")
 
 
 def save(out: Path, data: bytes) -> None:

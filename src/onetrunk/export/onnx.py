@@ -28,6 +28,7 @@ from .base import (
     for_export,
     metadata,
     noise,
+    refuse_place,
     save,
 )
 from .program import first_line, quietly, traced
@@ -170,6 +171,7 @@ def export_together(
             domain's own beyond rounding; nothing is written then.
         MissingExtraError: where onnx, onnxscript or onnxruntime is not installed.
     """
+    refuse_place(out)
     _refuse_other_sizes(models)
     mixed = mix(models)
     first = next(iter(models.values()))
@@ -180,7 +182,7 @@ def export_together(
         "domains": json.dumps(list(models)),
         "classes": json.dumps([json.loads(t["classes"]) for t in texts.values()]),
         "preprocessing": json.dumps([json.loads(t["preprocessing"]) for t in texts.values()]),
-        "backbone": metadata(first)["backbone"],
+        **{key: metadata(first)[key] for key in ("backbone", "image", "onetrunk")},
     }
     write = writer(_ByIndex(mixed), examples, ("images", "domain"), "logits", known, out)
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from ..backbones.written_form import build_empty, load_tensors, read_form, writt
 from ..core.attach import domain_of
 from ..core.merge import difference, merge
 from ..errors import OnetrunkError
-from .base import Exported, Format, metadata, save
+from .base import Exported, Format, export_checked, metadata
 
 
 def export_weights(model: nn.Module, out: Path, images_bchw: Tensor) -> Exported:
@@ -29,17 +29,22 @@ def export_weights(model: nn.Module, out: Path, images_bchw: Tensor) -> Exported
         merged = stock
     else:
         form, merged = None, merge(model, check=images_bchw)
-    tensors = {name: t.detach().clone() for name, t in merged.state_dict().items()}
     texts = {
         "format": "pt",
         "architecture": form or "norms folded: not a stock architecture",
         **metadata(model),
     }
-    data = safetensors.torch.save(tensors, texts)
-    save(out, data)
-    numbers = sum(t.numel() for t in tensors.values())
-    found = difference(model, merged, images_bchw)
-    return Exported(str(out), "safetensors", len(data), numbers, form, **found)
+    network = merged
+
+    def write(path: Path) -> None:
+        tensors = {n: t.detach().clone().contiguous() for n, t in network.state_dict().items()}
+        path.write_bytes(safetensors.torch.save(tensors, texts))
+
+    def read(path: Path) -> nn.Module:
+        network.load_state_dict(safetensors.torch.load(path.read_bytes()))
+        return network.eval()
+
+    return export_checked(model, merged, out, "safetensors", images_bchw, write, read, form)
 
 
 def stock_form(backbone: nn.Module, n_classes: int) -> str | None:
