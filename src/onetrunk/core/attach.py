@@ -392,18 +392,24 @@ def build(
     )
     for name in frozen:
         state[name].requires_grad_(False)  # timm's reset_classifier wakes some: EfficientViM's
-    model.domain = Domain(  # type: ignore[assignment]
+    domain = Domain(
         classes, family, scope, dict(plan), dict(skipped), head, head_features, preprocessing,
         frozen, backbone, input_size, basis, of_basis, held,
     )  # fmt: skip
-    if hasattr(model, "reset_classifier"):
-        model.reset_classifier = _RESET  # type: ignore[assignment]
-    model.register_load_state_dict_pre_hook(_refuse_other_backbone)
+    mark(model, domain)
     return model
 
 
+def mark(model: nn.Module, domain: Domain) -> None:
+    """Marks `model`, in place, as a domain's network."""
+    model.domain = domain  # type: ignore[assignment]
+    if hasattr(model, "reset_classifier"):
+        model.reset_classifier = _RESET  # type: ignore[assignment]
+    model.register_load_state_dict_pre_hook(_refuse_other_backbone)
+
+
 def unmark(model: nn.Module) -> None:
-    """Takes off `model`, in place, what `build` marked it with as a domain's network."""
+    """Takes off `model`, in place, what `mark` put there."""
     del model.domain
     model.__dict__.pop("reset_classifier", None)
     hooks = model._load_state_dict_pre_hooks

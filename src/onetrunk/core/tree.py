@@ -64,7 +64,7 @@ def rewired(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
             known[module] = module  # for a tree that holds itself
             children = {key: child and visited(child) for key, child in module._modules.items()}
             if any(children[key] is not child for key, child in module._modules.items()):
-                known[module] = copy.copy(module)
+                known[module] = _shell(module)
                 known[module]._modules = children
         return known[module]
 
@@ -73,8 +73,14 @@ def rewired(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
 
 def recast(module: nn.Module, behaviour: type[nn.Module]) -> nn.Module:
     """A shallow copy over the same submodules and tensors; `behaviour` goes before its class."""
-    twin, cls = copy.copy(module), type(module)
+    twin, cls = _shell(module), type(module)
     twin.__class__ = type(cls.__name__, (behaviour, cls), {"__module__": cls.__module__})
+    return twin
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    twin = copy.copy(module)
+    twin._load_state_dict_pre_hooks = OrderedDict()  # they name the module they were made for
     return twin
 
 

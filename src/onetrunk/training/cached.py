@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.attach import domain_of, trains_basis
 from ..errors import TrainingError
 from ..tensorfile import fingerprint_of
-from .cut import Cut, cut_off, features, trunk_tensors, undisturbed
+from .cut import Cut, cut_off, features, trunk_tensors
 from .examples import Examples, Progress, examples_of
 from .featurefile import FeatureFile, digest_of, n_bytes
 from .fit import best_device
@@ -104,8 +104,9 @@ def cached(
 ) -> Cached:
     """The tail of a domain's network and the features that it is trained on; `fit` does the rest.
 
-    To train the tail is to train `model`: they have the same parameters. The tail is proved on a
-    few images to compute what the network does, bit for bit on the CPU.
+    To train the tail is to train `model`, which is left in eval mode: they have the same
+    parameters. The tail is proved on a few images to compute what the network does, bit for bit on
+    the CPU.
 
     Args:
         train, val: as for `fit`.
@@ -157,9 +158,11 @@ def cached(
     total = len(examples) * max(1, views) + (0 if val_examples is None else len(val_examples))
     place = None if folder is None else Path(folder)
     store = _Store(place, memory_limit_bytes, total, progress)
-    with undisturbed(model):
+    try:
         train_features = store.features(trunk, examples, views)
         val_features = None if val_examples is None else store.features(trunk, val_examples, None)
+    finally:
+        model.eval()  # as `fit` will leave what the tail has of it
     return Cached(tail, train_features, val_features, cut.at)
 
 

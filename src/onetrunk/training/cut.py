@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.attach import domain_of
+from ..core.attach import domain_of, mark
 from ..core.tree import is_norm, recast, rewired
 from ..errors import TrainingError
 from .randomness import own_draws, reseed
 
-CLOSE = 1e-3  # of the largest number, off the CPU, where two runs of one network need not agree
+CLOSE = 1e-3  # of the largest number: for batches of other sizes, and on GPUs, which round freely
 N_OBSERVED = 2  # images of the run that is observed; the proof takes one more, so shapes must scale
 
 
@@ -86,7 +86,7 @@ def cut_off(model: nn.Module, x_bchw: Tensor) -> tuple[Cut, nn.Module]:
     Raises:
         TrainingError: where there is no trunk, or no place through which all goes.
     """
-    with undisturbed(model):
+    with _undisturbed(model):
         calls, chain = _observed(model.train(), x_bchw[:N_OBSERVED])
         reason = "nothing is before it"
         for module in reversed(chain):
@@ -192,7 +192,7 @@ def _first_tensor(values: Sequence[Any]) -> Tensor | None:
 def _observed(
     model: nn.Module, x_bchw: Tensor
 ) -> tuple[dict[nn.Module, list[_Call]], list[nn.Module]]:
-    """Every module's calls; the modules around the first that learns and itself, outermost first."""
+    """Every module's calls; the first that learns, with those around it before it."""
     calls: dict[nn.Module, list[_Call]] = {module: [] for module in model.modules()}
     chain: list[nn.Module] = []
     running: list[tuple[nn.Module, int]] = []
@@ -281,13 +281,13 @@ def _stub(module: nn.Module, calls: list[_Call], cut_began: int) -> nn.Module | 
 
 def _tail(model: nn.Module, cut: Cut, stubs: dict[nn.Module, nn.Module]) -> nn.Module:
     tail: Any = recast(rewired(model, stubs), _FromFeatures)
-    domain = domain_of(model)
-    tail.cut, tail.domain = cut, replace(domain, frozen=domain.frozen & tail.state_dict().keys())
+    tail.cut, domain = cut, domain_of(model)
+    mark(tail, replace(domain, frozen=domain.frozen & tail.state_dict().keys()))
     return tail
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Modes and buffers are afterwards what they were."""
     modes = {module: module.training for module in model.modules()}
     with torch.no_grad():
@@ -315,6 +315,8 @@ def _difference(model: nn.Module, tail: nn.Module, cut: Cut, x_bchw: Tensor) -> 
             z = features(model, cut, x_bchw)
             if len(z) != len(x_bchw):
                 return f"what goes into {cut.at} has no row for each image"
+            if not _close(features(model, cut, x_bchw[:1]), z[:1]):
+                return f"what goes into {cut.at} depends on chance or on the rest of the batch"
             found = _computed(tail.train(train), cut.unpacked(cut.packed(z)))
             if not _same(found, _computed(model.train(train), x_bchw)):
                 return f"what comes after the input of {cut.at} depends on more than that input"
@@ -348,6 +350,10 @@ def _same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> 
 def _equal(a: Tensor, b: Tensor) -> bool:
     if a.device.type == "cpu" or not a.is_floating_point():
         return torch.equal(a, b)
+    return _close(a, b)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0, atol=CLOSE * float(b.abs().max()))
 
 

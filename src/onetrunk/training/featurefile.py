@@ -136,7 +136,7 @@ class FeatureFile:
             return f"have {len(mapped):,} bytes where {expected:,} were written"
         if mapped[: len(head)].tobytes() != head:
             return "say that they are of something else"
-        if hashlib.sha256(memoryview(mapped[:-N_HASH])).digest() != mapped[-N_HASH:].tobytes():
+        if hashlib.sha256(mapped[:-N_HASH].data).digest() != mapped[-N_HASH:].tobytes():
             return "do not match their own checksum"
         return None
 
