@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -139,12 +139,22 @@ def write_atomically(path: PathLike, data: bytes, *, disk: Disk = DISK) -> None:
     disk.sync_folder(Path(path).parent)
 
 
+def write_parts_atomically(path: PathLike, parts: Iterable[bytes], *, disk: Disk = DISK) -> None:
+    """`write_atomically` for what is too large to be held at once: the parts, one after another."""
+    _place(path, parts, disk)
+    disk.sync_folder(Path(path).parent)
+
+
 def place(path: PathLike, data: bytes, *, disk: Disk = DISK) -> None:
     """`write_atomically` but for its last step: the caller still owes the folder an fsync."""
+    _place(path, (data,), disk)
+
+
+def _place(path: PathLike, parts: Iterable[bytes], disk: Disk) -> None:
     path = Path(path)
     temporary = path.with_name(f".onetrunk-{os.urandom(8).hex()}.tmp")
     try:
-        _write_new(temporary, data, disk)
+        _write_new(temporary, parts, disk)
         disk.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -213,18 +223,23 @@ def _at(error: OSError) -> str:
     return f" at {error.filename}" if error.filename else ""
 
 
-def _write_new(path: Path, data: bytes, disk: Disk) -> None:
+def _write_new(path: Path, parts: Iterable[bytes], disk: Disk) -> None:
     fd = disk.create(path)
     try:
-        rest = memoryview(data)
-        while rest:
-            n_taken = disk.write(fd, rest)
-            if n_taken == 0:
-                raise OSError(errno.EIO, "the device takes no more bytes", str(path))
-            rest = rest[n_taken:]
+        for part in parts:
+            _write_all(path, fd, part, disk)
         disk.sync(fd)
     finally:
         disk.close(fd)
+
+
+def _write_all(path: Path, fd: int, data: bytes, disk: Disk) -> None:
+    rest = memoryview(data)
+    while rest:
+        n_taken = disk.write(fd, rest)
+        if n_taken == 0:
+            raise OSError(errno.EIO, "the device takes no more bytes", str(path))
+        rest = rest[n_taken:]
 
 
 def _open_regular(path: Path, disk: Disk) -> int:

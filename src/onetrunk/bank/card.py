@@ -23,11 +23,16 @@ from ..data import Preprocessing
 from ..errors import BankError, DamagedError
 from .manifest import plain_card
 
-FORMAT = 2  # the newest that is read; a domain without a basis is still written as the first
-WITHOUT_BASIS, WITH_BASIS = 1, 2
+FORMAT = 3  # the newest that is read; a domain is written as the first one that can say it
+WITHOUT_BASIS, WITH_BASIS, WITH_HELD_NORMS = 1, 2, 3
 LIGHT = ("family", "classes", "preprocessing", "metrics", "provenance", "numbers")
 REST = ("domain", "backbone", "scope", "plan", "skipped", "head", "head_features", "input_size")
 KEYS = {*LIGHT, *REST}
+MORE_KEYS: dict[Any, set[str]] = {
+    WITHOUT_BASIS: set(),
+    WITH_BASIS: {"basis"},
+    WITH_HELD_NORMS: {"basis", "held"},  # its basis is null where it has none
+}
 MAX_FAMILY_LETTERS = 200
 MAX_INPUT_NUMBERS = 1 << 26  # of one image: 256 MB in float32
 
@@ -75,6 +80,7 @@ class Blueprint:
     input_size: tuple[int, int, int] | None
     numbers: int
     basis: str | None = None  # fingerprint of what its adapters share with other domains'
+    held: tuple[str, ...] = ()  # norms that stay the backbone's
 
     def build(self, backbone: nn.Module, basis: Basis | None = None) -> nn.Module:
         """The network over `backbone`, its own numbers still those of a fresh domain."""
@@ -90,6 +96,7 @@ class Blueprint:
             preprocessing=self.preprocessing,
             input_size=self.input_size,
             basis=basis,
+            held=self.held,
         )
 
     def refuse_unborne(self, tensors: Mapping[str, Tensor], backbone: nn.Module) -> None:
@@ -124,7 +131,7 @@ def write_card(
     preprocessing = domain.preprocessing
     versions = {"onetrunk": __version__, "torch": str(torch.__version__)}
     card: dict[str, Any] = {
-        "domain": WITHOUT_BASIS if domain.basis is None else WITH_BASIS,
+        "domain": _format_of(domain),
         "backbone": dict(backbone),
         "family": domain.family,
         "scope": domain.scope,
@@ -139,12 +146,20 @@ def write_card(
     }
     if domain.basis is not None:
         card["basis"] = domain.basis.fingerprint
+    if domain.held:
+        card |= {"basis": card.get("basis"), "held": list(domain.held)}
     try:
         card["metrics"] = _without_scalars(metrics or {})
         card["provenance"] = _without_scalars({**versions, **(provenance or {})})
     except RecursionError:
         raise BankError(f"{what} holds a value that holds itself. Flatten it.") from None
     return plain_card(card, what)
+
+
+def _format_of(domain: Domain) -> int:
+    if domain.held:
+        return WITH_HELD_NORMS
+    return WITHOUT_BASIS if domain.basis is None else WITH_BASIS
 
 
 def write_plan(plan: Mapping[str, Family]) -> dict[str, list[str]]:
@@ -203,10 +218,15 @@ def read_blueprint(card: dict[str, Any], origin: str) -> Blueprint:
 
 
 def _blueprint(card: Mapping[str, Any]) -> Blueprint:
-    with_basis = card.get("domain") == WITH_BASIS
-    _require(with_basis or card.get("domain") == WITHOUT_BASIS, "domain", "format 1 or 2")
-    keys = KEYS | ({"basis"} if with_basis else set())
+    version = card.get("domain")
+    _require(type(version) is int and version in MORE_KEYS, "domain", "format 1, 2 or 3")
+    keys = KEYS | MORE_KEYS[version]
     _require(card.keys() == keys, "its keys", ", ".join(sorted(keys)))
+    held = _texts(card, "held") if "held" in keys else ()
+    if "held" in keys:
+        _require(0 < len(set(held)) == len(held), "held", "one or more different names")
+        _require(card["scope"] == "adapters", "scope", "adapters, where norms are held")
+    with_basis = version == WITH_BASIS or card.get("basis") is not None
     scope = _text(card, "scope")
     _require(scope in get_args(Scope), "scope", " or ".join(get_args(Scope)))
     for key in ("metrics", "provenance"):
@@ -226,6 +246,7 @@ def _blueprint(card: Mapping[str, Any]) -> Blueprint:
         input_size=_input_size(card),
         numbers=_count(card, "numbers"),
         basis=_text(card, "basis") if with_basis else None,
+        held=held,
     )
 
 

@@ -35,6 +35,7 @@ from .tree import (
 )
 
 Scope = Literal["adapters", "head", "everything"]
+Norms = Literal["all", "placed"]
 MAX_RANKS_LISTED = 3  # in the text that names a plan
 
 
@@ -59,6 +60,8 @@ class Domain:
             its own word counts.
         basis: what the adapters share with those of other domains, where they were compressed.
         shared: names in `state_dict()` that are the basis' tensors.
+        held: the norms that stay the backbone's, in eval mode, by their names there; with `head`
+            they all do, and none is listed.
     """
 
     classes: tuple[str, ...]
@@ -74,6 +77,7 @@ class Domain:
     input_size: Size | None = None
     basis: Basis | None = None
     shared: frozenset[str] = frozenset()
+    held: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: object) -> "Domain":
         return self  # a value: copies of the model share it
@@ -188,6 +192,7 @@ def attach(
     head: str | None = None,
     seed: int = 0,
     basis: Basis | None = None,
+    norms: Norms = "all",
 ) -> nn.Module:
     """The network of one domain: `backbone`'s class and frozen tensors, the domain's own rest.
 
@@ -209,6 +214,9 @@ def attach(
         seed: of the fresh head and adapters; the global generator is not touched.
         basis: what compressed domains share, `compressed.basis` or `model.domain.basis`: the new
             domain starts on it, as it is, in the place of `family` and `where`.
+        norms: which are the domain's own: `all`, or `placed`, those from the first adapted layer
+            on. Those before it then stay the backbone's, in eval mode, so that what is below is
+            the same for every domain and epoch (see `cached`).
 
     Raises:
         AttachError: for classes, options or placements that do not fit, and a basis that was made
@@ -232,6 +240,7 @@ def attach(
         family = basis.plan
     traced = trace(backbone, input_size, head)
     scope, text, plan, skipped = _resolve(family, where, traced)
+    held = _held_norms(backbone, norms, text, plan, traced)
     return build(
         backbone,
         scope=scope,
@@ -245,7 +254,27 @@ def attach(
         seed=seed,
         input_size=traced.input_size,
         basis=basis,
+        held=held,
     )
+
+
+def _held_norms(
+    backbone: nn.Module, norms: Norms, family: str, plan: Plan, traced: Trace
+) -> tuple[str, ...]:
+    """The norms that are done with before the first adapted layer starts, in order."""
+    if norms == "all":
+        return ()
+    if norms != "placed":
+        raise AttachError(f"norms={norms!r}: give 'all' or 'placed'.")
+    places = [place for place, name in enumerate(traced.executed) if name in plan]
+    if not places:
+        raise AttachError(
+            f"norms='placed' keeps the norms before the first adapted layer, and {family} adapts "
+            "no single layer: leave `norms` out, or place a family such as Parallel()."
+        )
+    later = set(traced.executed[places[0] :])
+    before = dict.fromkeys(traced.executed[: places[0]])
+    return tuple(n for n in before if n not in later and is_norm(backbone.get_submodule(n)))
 
 
 def _refuse_foreign_basis(
@@ -356,22 +385,24 @@ def build(
     seed: int = 0,
     input_size: Size | None = None,
     basis: Basis | None = None,
+    held: tuple[str, ...] = (),
 ) -> nn.Module:
     """The network that a plan describes, without running the backbone; `attach` after its dry run.
 
     Raises:
         AttachError: where the plan names a layer that the backbone does not have, a family refuses
-            one, or the basis does not have what the plan shares.
+            one, the basis does not have what the plan shares, or `held` names no norm.
         BackboneError: where there is no classifier to replace.
     """
     generator = torch.Generator().manual_seed(seed)
     sites = _sites_of_plan(backbone, plan)
-    model = copy_tree(backbone, own=_own_tensors(backbone, scope, plan))
-    _unfreeze(model, scope, plan)
+    _check_held(backbone, held)
+    model = copy_tree(backbone, own=_own_tensors(backbone, scope, plan, held))
+    _unfreeze(model, scope, plan, held)
     shared = {storage_key(t) for t in _all_tensors(backbone)}
     _replace_head(model, head, head_features, len(classes), generator)
     replace_modules(model, _adapted(model, plan, sites, generator, basis))
-    if scope == "head":
+    if scope == "head" or held:
         _hold_norms(model, shared)
     state = model.state_dict(keep_vars=True)
     frozen = frozenset(name for name, t in state.items() if t.numel() and storage_key(t) in shared)
@@ -383,18 +414,24 @@ def build(
     )
     for name in frozen:
         state[name].requires_grad_(False)  # timm's reset_classifier wakes some: EfficientViM's
-    model.domain = Domain(  # type: ignore[assignment]
+    domain = Domain(
         classes, family, scope, dict(plan), dict(skipped), head, head_features, preprocessing,
-        frozen, backbone, input_size, basis, of_basis,
+        frozen, backbone, input_size, basis, of_basis, held,
     )  # fmt: skip
-    if hasattr(model, "reset_classifier"):
-        model.reset_classifier = _RESET  # type: ignore[assignment]
-    model.register_load_state_dict_pre_hook(_refuse_other_backbone)
+    mark(model, domain)
     return model
 
 
+def mark(model: nn.Module, domain: Domain) -> None:
+    """Marks `model`, in place, as a domain's network."""
+    model.domain = domain  # type: ignore[assignment]
+    if hasattr(model, "reset_classifier"):
+        model.reset_classifier = _RESET  # type: ignore[assignment]
+    model.register_load_state_dict_pre_hook(_refuse_other_backbone)
+
+
 def unmark(model: nn.Module) -> None:
-    """Takes off `model`, in place, what `build` marked it with as a domain's network."""
+    """Takes off `model`, in place, what `mark` put there."""
     del model.domain
     model.__dict__.pop("reset_classifier", None)
     hooks = model._load_state_dict_pre_hooks
@@ -441,19 +478,30 @@ def _sites_of_plan(backbone: nn.Module, plan: Plan) -> dict[str, Site]:
     return sites
 
 
+def _check_held(backbone: nn.Module, held: tuple[str, ...]) -> None:
+    norms = {name for name, module in backbone.named_modules() if is_norm(module)}
+    odd = [name for name in held if name not in norms]
+    if odd:
+        raise AttachError(
+            f"{odd[0]!r} is to stay the backbone's norm, and the backbone has no norm of that name."
+        )
+
+
 def _all_tensors(module: nn.Module) -> Iterable[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
 
 
-def _own_tensors(backbone: nn.Module, scope: Scope, plan: Plan) -> list[Tensor]:
+def _own_tensors(
+    backbone: nn.Module, scope: Scope, plan: Plan, held: tuple[str, ...]
+) -> list[Tensor]:
     """The tensors that the domain gets copies of: its norms, and buffers a forward may write."""
     if scope == "everything":
         return list(_all_tensors(backbone))
     own: list[Tensor] = []
     for name, module in backbone.named_modules():
         if is_norm(module):
-            own += [] if scope == "head" else own_tensors(module)
+            own += [] if scope == "head" or name in held else own_tensors(module)
         else:
             own += [b for b in module._buffers.values() if b is not None and b.is_floating_point()]
         if isinstance(plan.get(name), Full):
@@ -461,10 +509,10 @@ def _own_tensors(backbone: nn.Module, scope: Scope, plan: Plan) -> list[Tensor]:
     return own
 
 
-def _unfreeze(model: nn.Module, scope: Scope, plan: Plan) -> None:
+def _unfreeze(model: nn.Module, scope: Scope, plan: Plan, held: tuple[str, ...]) -> None:
     for name, module in model.named_modules():
         whole = scope == "everything" or isinstance(plan.get(name), Full)
-        if whole or (scope == "adapters" and is_norm(module)):
+        if whole or (scope == "adapters" and is_norm(module) and name not in held):
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.is_floating_point():
                     parameter.requires_grad_(True)

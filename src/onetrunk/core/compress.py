@@ -324,6 +324,7 @@ def rebuilt(
         preprocessing=domain.preprocessing,
         input_size=domain.input_size,
         basis=basis if basis is not None and basis.factors else None,
+        held=domain.held,
     )
     values = delta(model)
     given = {f"{s}.adapter.{n}": t for s, found in adapters.items() for n, t in found.items()}

@@ -33,6 +33,7 @@ class Trace:
         head: the classifier's modules; empty where none was found.
         head_features: features that go into it; 0 where unknown.
         input_size: channels, rows, columns of the executed image.
+        executed: layers and norms in order of their calls; one that is called twice is there twice.
     """
 
     sites: tuple[Site, ...]
@@ -40,6 +41,7 @@ class Trace:
     head: tuple[str, ...]
     head_features: int
     input_size: Size
+    executed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,19 @@ def trace(backbone: nn.Module, input_size: Size | None = None, head: str | None 
             f"head {head!r}: {type(backbone).__name__} has no such module. "
             f"Its last modules are {', '.join(list(dict(backbone.named_modules()))[-4:])}."
         )
-    calls, y_shape, size = _first_that_runs(backbone, input_size)
+    seen, y_shape, size = _first_that_runs(backbone, input_size)
+    calls = [call for call in seen if _is_leaf(backbone.get_submodule(call.name))]
     heads = (head,) if head else find_head(backbone, calls, y_shape)
     by_name: dict[str, list[_Call]] = {}
     for call in calls:
         by_name.setdefault(call.name, []).append(call)
     features = _features(by_name, heads, y_shape)
-    return Trace(*_sites_and_skipped(backbone, by_name, heads), heads, features, size)
+    executed = tuple(call.name for call in seen)
+    return Trace(*_sites_and_skipped(backbone, by_name, heads), heads, features, size, executed)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
 
 
 def default_sizes(backbone: nn.Module) -> list[Size]:
@@ -137,7 +145,7 @@ def _run(backbone: nn.Module, size: Size, device: str) -> tuple[list[_Call], tor
         return hook
 
     for name, module in copied.named_modules():
-        if next(module.children(), None) is None:
+        if _is_leaf(module) or is_norm(module):  # timm's norms hold their activation
             module.register_forward_hook(note(name))
     with _NormsLeftOut() if device == "meta" else contextlib.nullcontext():
         y = copied(example(backbone, size, device))

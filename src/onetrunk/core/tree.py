@@ -51,6 +51,39 @@ def replace_modules(root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
                 setattr(parent, key, new[id(child)])
 
 
+def rewired(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """A tree in which `new` modules stand in for those of `root`, which is left as it was.
+
+    Only the modules above a new one are copied, and shallowly: everything else, every parameter and
+    buffer included, is `root`'s own object, so that to train the one tree is to train the other.
+    """
+    known = dict(new)
+
+    def visited(module: nn.Module) -> nn.Module:
+        if module not in known:
+            known[module] = module  # for a tree that holds itself
+            children = {key: child and visited(child) for key, child in module._modules.items()}
+            if any(children[key] is not child for key, child in module._modules.items()):
+                known[module] = _shell(module)
+                known[module]._modules = children
+        return known[module]
+
+    return visited(root)
+
+
+def recast(module: nn.Module, behaviour: type[nn.Module]) -> nn.Module:
+    """A shallow copy over the same submodules and tensors; `behaviour` goes before its class."""
+    twin, cls = _shell(module), type(module)
+    twin.__class__ = type(cls.__name__, (behaviour, cls), {"__module__": cls.__module__})
+    return twin
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    twin = copy.copy(module)
+    twin._load_state_dict_pre_hooks = OrderedDict()  # they name the module they were made for
+    return twin
+
+
 _NORMS = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
