@@ -14,10 +14,12 @@ from ...core.adapters import Full, Head, LowRank, Norm, Parallel
 from ...core.attach import domain_of
 from ...core.trace import trace
 from ...errors import OnetrunkError
+from ...training.recomputed import recomputed
 from .rounds import Call, Contest
 from .subjects import CLASSES, Subject, peft, quiet, take_apart
 
 BATCH, RANK = 32, 8
+RECOMPUTED = 2  # blocks, the first: their maps are the largest
 REFERENCE = "fine-tuning"
 
 
@@ -34,6 +36,11 @@ def contests(subject: Subject, batch: int = BATCH) -> Iterator[Contest]:
         f"lowrank(rank={RANK})": subject.domain(LowRank(RANK), 1) if dense else None,
     }
     skipped: dict[str, str] = {}
+    less = f"{adapter}, {RECOMPUTED} blocks recomputed"
+    try:
+        models[less] = recomputed(subject.domain(None, 2), RECOMPUTED)
+    except OnetrunkError as error:
+        skipped[less] = str(error)
     lora = "PEFT LoRA, equal numbers"
     try:
         models[lora] = _lora(subject, default)
