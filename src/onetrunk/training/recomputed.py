@@ -30,7 +30,8 @@ def recomputed(model: nn.Module, n_blocks: int | None = None) -> nn.Module:
         n_blocks: only so many of the first blocks, whose maps are the largest; None: all.
 
     Raises:
-        TrainingError: for less than one block, and where the network has no blocks: modules of several layers in a list.
+        TrainingError: for less than one block, and where the network has no blocks: modules of
+            several layers in a list.
         AttachError: where `model` is no domain's network.
 
     >>> from onetrunk import Parallel, attach
