@@ -42,11 +42,11 @@ class Planned:
 
 
 DOMAINS = (
-    Planned("digits", "sklearn:digits", 4),
-    Planned("glyphs", "builtin:glyphs", 6),
-    Planned("textures", "builtin:textures", 8),
-    Planned("faces", "builtin:faces", 12),
-    Planned("photos", "builtin:photos", 6),
+    Planned("digits", "sklearn:digits", 3),
+    Planned("glyphs", "builtin:glyphs", 5),
+    Planned("textures", "builtin:textures", 4),
+    Planned("faces", "builtin:faces", 8),
+    Planned("photos", "builtin:photos", 4),
 )
 
 
