@@ -3,6 +3,7 @@
     python benchmarks/recipe.py --stage pretrain     the small ViT and ConvNeXt, on tiny_imagenet
     python benchmarks/recipe.py --stage main         every cell, one after another; resumes
     python benchmarks/recipe.py --stage small        the same on the two pretrained here
+    python benchmarks/recipe.py --stage large        20,800 images
     python benchmarks/recipe.py --stage statistics   norms at the backbone's statistics or a batch's
     python benchmarks/recipe.py --stage table        the table of docs/recipes.md
 
@@ -201,8 +202,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.stage == "pretrain":
-        pretrain("convnext", epochs=3)
-        pretrain("vit", epochs=4)
+        pretrain("convnext", epochs=6)
+        pretrain("vit", epochs=10)
         return
     done = (
         {json.loads(line)["key"] for line in RESULTS.read_text().splitlines()}
