@@ -121,7 +121,7 @@ def test_the_trunk_runs_once_for_every_view(make_late: Make, make_images: Make) 
     made = cached(model, make_images(), SHORT, views=2, val=make_images(12), device="cpu")
     model.get_submodule("0").register_forward_hook(lambda _m, args, _y: seen.append(len(args[0])))
     train(made.model, made.train, val=made.val)
-    assert seen == [] and made.at == "6"
+    assert seen == [] and made.cut.at == "6"
     assert made.train.stored.shape[:2] == (2, 24) and made.val.stored.shape[:2] == (1, 12)
 
 

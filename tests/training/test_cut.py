@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import onetrunk as ot
 from onetrunk.backbones import resnet26
 from onetrunk.core.attach import delta
+from onetrunk.core.trace import trace
 from onetrunk.core.tree import recast, rewired
 from onetrunk.errors import TrainingError
 from onetrunk.training.cut import cut_off, features, trunk_tensors
@@ -238,13 +239,30 @@ def test_a_network_that_learns_from_its_first_layer_on_has_no_trunk() -> None:
         cut_off(placed(Small(), "first"), images(3, 8))
 
 
-def test_norms_of_its_own_are_named() -> None:
+def test_a_trunk_that_would_save_next_to_nothing_is_refused() -> None:
+    model = ot.attach(resnet26(0.25), None, ["a", "b"], where=LATE, input_size=(3, 64, 64))
+    with pytest.raises(
+        TrainingError, match=r"stem_norm learns .*, and only 1\.\d% of the multiply"
+    ):
+        cut_off(model, images(3))
+
+
+def test_a_cut_says_what_it_saves() -> None:
+    net = resnet26(0.25)
+    cut, _ = cut_off(late(net), images(3))
+    traced = trace(net)
+    every = sum(site.multiply_adds for site in traced.sites) + 64 * 1000
+    late_ones = sum(site.multiply_adds for site in traced.sites if site.stage == "late")
+    assert cut.share == pytest.approx(1 - late_ones / every, abs=0.01)
+
+
+def test_norms_of_its_own_end_the_trunk() -> None:
     model = ot.attach(
         Small(), ot.Channelwise(), ["a", "b"], where=ot.Where(pattern="last"),
         input_size=(3, 8, 8), head="fc",
     )  # fmt: skip
     cut, _ = cut_off(model, images(3, 8))
-    assert cut.at == "norm"  # its norms are all its own, so it ends where the first of them is
+    assert cut.at == "norm"
 
 
 def test_a_network_that_runs_only_on_images_is_refused() -> None:

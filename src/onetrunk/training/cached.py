@@ -81,13 +81,13 @@ class Cached:
     Args:
         model: the tail of the network; its parameters and statistics are the network's own.
         train, val: features.
-        at: the module that the features go into.
+        cut: where they come from.
     """
 
     model: nn.Module
     train: Features
     val: Features | None
-    at: str
+    cut: Cut
 
 
 def cached(
@@ -137,7 +137,7 @@ def cached(
     >>> images = TensorDataset(torch.rand(8, 3, 8, 8), torch.tensor([0, 1] * 4))
     >>> short = Recipe(epochs=2, batch_size=4)
     >>> made = cached(model, images, short, device="cpu")
-    >>> made.at, [step.epoch for step in fit(made.model, made.train, short, device="cpu")]
+    >>> made.cut.at, [step.epoch for step in fit(made.model, made.train, short, device="cpu")]
     ('3', [1, 1, 2, 2])
     """
     recipe = recipe or Recipe()
@@ -163,7 +163,7 @@ def cached(
         val_features = None if val_examples is None else store.features(trunk, val_examples, None)
     finally:
         model.eval()  # as `fit` will leave what the tail has of it
-    return Cached(tail, train_features, val_features, cut.at)
+    return Cached(tail, train_features, val_features, cut)
 
 
 def _moved(model: nn.Module, x_bchw: Tensor) -> Tensor:
