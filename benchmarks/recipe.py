@@ -3,6 +3,7 @@
     python benchmarks/recipe.py --stage pretrain     the small ViT and ConvNeXt, on tiny_imagenet
     python benchmarks/recipe.py --stage main         every cell, one after another; resumes
     python benchmarks/recipe.py --stage small        the same on the two pretrained here
+    python benchmarks/recipe.py --stage statistics   norms at the backbone's statistics or a batch's
     python benchmarks/recipe.py --stage table        the table of docs/recipes.md
 
 Needs ONETRUNK_DATA (a folder of Parquet domains); the ResNets' weights are beside it, in weights/.

@@ -156,6 +156,7 @@ def _family(
         _shake(model)
         found |= difference(model, merge(model), x_bihw)
         found["exact"] = _difference_in_float64(model, x_bihw)
+        found["mixed"] = _mixed(net, model, x_bihw)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     return found
@@ -241,6 +242,27 @@ def _difference_in_float64(model: nn.Module, x_bihw: Tensor) -> float:
 
 
 @torch.no_grad()
+def _mixed(net: nn.Module, model: nn.Module, x_bihw: Tensor) -> float | str | None:
+    """What mixing with a domain of norms alone changes in float64; why where it is refused.
+
+    None for `full`, which shares no forward.
+    """
+    if domain_of(model).scope == "everything":
+        return None
+    other = attach(net, ot.Norm(), CLASSES[:5], input_size=tuple(x_bihw.shape[1:]), seed=3).eval()
+    _shake(other)
+    models = {"one": copy.deepcopy(model).double(), "two": copy.deepcopy(other).double()}
+    images, rows = x_bihw.double().repeat(2, 1, 1, 1)[:3], ("one", "two", "one")
+    try:
+        found = ot.mix(models)(images, rows)
+    except ot.OnetrunkError as error:
+        return str(error)
+    expected = [models[name](images)[k] for k, name in enumerate(rows)]
+    off = [(a - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
+    return float(max(off))
+
+
+@torch.no_grad()
 def _isolated(net: nn.Module, x_bihw: Tensor) -> bool:
     """Whether training one of three domains leaves the others' bits and logits as they were."""
     size = tuple(x_bihw.shape[1:])
@@ -268,6 +290,9 @@ def problems(row: dict[str, Any]) -> list[str]:
             found.append(f"{key}: fresh features differ by {result['identity']:.1e}")
         if not result["exact"] <= EXACT:
             found.append(f"{key}: merging differs by {result['exact']:.1e} in float64")
+        mixed = result["mixed"]
+        if isinstance(mixed, float) and not mixed <= EXACT:
+            found.append(f"{key}: mixing differs by {mixed:.1e} in float64")
         if result["without_gradient"]:
             n, first = len(result["without_gradient"]), result["without_gradient"][0]
             found.append(f"{key}: {n} adapter tensors get no gradient ({first})")

@@ -33,6 +33,7 @@ def taken_for_granted() -> dict[str, object]:
     model = ot.attach(backbone, ot.Norm(), classes)
     return {
         "ot": ot,
+        "torch": torch,
         "backbone": backbone,
         "classes": classes,
         "model": model,

@@ -22,6 +22,7 @@ _WHERE = {
     "backbone": "backbones",
     "attach": "core.attach",
     "merge": "core.merge",
+    "mix": "core.mix",
     "compress": "core.compress",
     "allocate": "core.allocate",
     "cost": "core.cost",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from .core.compress import compress as compress
     from .core.cost import cost as cost
     from .core.merge import merge as merge
+    from .core.mix import mix as mix
     from .core.plan import Where as Where
     from .errors import OnetrunkError as OnetrunkError
     from .training.cached import cached as cached

@@ -25,6 +25,14 @@ class MergeError(OnetrunkError):
     """A domain that does not merge exactly into an ordinary network."""
 
 
+class MixError(OnetrunkError):
+    """Domains, or rows of a batch, that cannot go through one network together."""
+
+
+class ExportError(OnetrunkError):
+    """A domain that cannot be written in a format, or not exactly."""
+
+
 class CompressError(OnetrunkError):
     """Domains that cannot be compressed together, or not as far as asked."""
 
@@ -35,6 +43,10 @@ class DataError(OnetrunkError):
 
 class TrainingError(OnetrunkError):
     """A recipe that cannot be followed, a checkpoint that does not fit, a loss that diverged."""
+
+
+class DivergedError(TrainingError):
+    """A training whose loss, gradient or network is not finite: its last good state is kept."""
 
 
 class BankError(OnetrunkError):

@@ -12,10 +12,11 @@ import onetrunk.benchmark.cells as cells_module
 from onetrunk.bank.names import is_name
 from onetrunk.benchmark.cells import Cell, Trunk, bank_name, run_cell, subset
 from onetrunk.benchmark.ledger import Ledger
-from onetrunk.benchmark.protocol import Protocol
+from onetrunk.benchmark.methods import read_method
+from onetrunk.benchmark.protocol import Protocol, Tuning
 from onetrunk.benchmark.study import Study, domains_in, known, run
 from onetrunk.data import load
-from onetrunk.errors import DataError, TrainingError
+from onetrunk.errors import DataError, DivergedError, TrainingError
 
 TINY = Protocol(
     images=16, val_images=12, size_px=16, epochs=2, trial_epochs=1, batch_size=8, tune_epochs=1
@@ -66,15 +67,14 @@ def make_cell(domains):
 
 def test_a_record_says_what_was_tried_and_what_came_of_it(make_cell, tmp_path):
     record = run_cell(make_cell(), Ledger(tmp_path), tmp_path)
-    tried = [(trial["lr"], trial["decay"]) for trial in record["trials"]]
-    assert len(tried) == len(set(tried)) >= 4
+    names = ("lr", "decay", "norm_statistics")
+    tried = {tuple(t[name] for name in names): t["val_accuracy"] for t in record["trials"]}
+    assert len(tried) == len(record["trials"]) >= 5
     assert record["n_train"] == 16
     assert 0 <= record["test_accuracy"] <= 1
     assert record["site_numbers"].keys() == record["site_change"].keys()
     assert max(record["site_change"].values()) > 0
-    best = max(trial["val_accuracy"] for trial in record["trials"])
-    found = {(t["lr"], t["decay"]): t["val_accuracy"] for t in record["trials"]}
-    assert found[record["lr"], record["decay"]] == best
+    assert tried[tuple(record[name] for name in names)] == max(tried.values())
 
 
 @pytest.mark.parametrize("by", ["curvature", "trained"])
@@ -138,6 +138,46 @@ def test_the_grid_widens_where_its_best_lies_at_an_end_and_then_stops(tried, bey
     assert Protocol().beyond(tried) == (None if beyond is None else pytest.approx(beyond))
 
 
+def test_the_search_goes_where_each_choice_before_it_led():
+    asked = []
+
+    def accuracy(tuning: Tuning) -> float:
+        asked.append(tuning)
+        near = {"batch": 0.5, "running": 0.1}[tuning.statistics]
+        return near - abs(tuning.factor - 1 / 3) - abs(tuning.decay - 1.0)
+
+    protocol = Protocol(decays=(0.05, 1.0, 5.0))
+    assert protocol.search(accuracy) == Tuning(1 / 3, 1.0, "batch")
+    assert {t.statistics for t in asked[2:]} == {"batch"}
+    assert {t.factor for t in asked} == {1 / 9, 1 / 3, 1.0, 3.0}
+    assert max(t.decay for t in asked) == 5.0
+
+
+def test_every_method_but_scratch_starts_at_the_probe(make_cell):
+    setting = cells_module.setting_of(make_cell())
+    probe = cells_module.probed(setting)
+    logits = {
+        method: cells_module.fresh(read_method(method), setting)(torch.ones(1, 3, 16, 16))
+        for method in ("parallel", "full", "norm", "scratch")
+    }
+    expected = probe(torch.ones(1, 3, 16, 16))
+    assert all(torch.equal(logits[m], expected) for m in ("parallel", "full", "norm"))
+    assert not torch.equal(logits["scratch"], expected)
+
+
+def test_a_trial_that_diverges_counts_nothing(make_cell, tmp_path, monkeypatch):
+    def diverging(model, train, recipe, **rest):
+        if recipe.norm_statistics == "running":
+            raise DivergedError("the loss is nan")
+        return fit(model, train, recipe, **rest)
+
+    fit = cells_module.fit
+    monkeypatch.setattr(cells_module, "fit", diverging)
+    record = run_cell(make_cell(), Ledger(tmp_path), tmp_path)
+    assert record["norm_statistics"] == "batch"
+    assert record["trials"][0]["val_accuracy"] == 0.0
+
+
 def test_a_subset_keeps_every_class_and_is_drawn_by_its_seed(domains):
     images = load(domains / "stripes").train
     few = subset(images, 6, 2, None, 0)
@@ -152,6 +192,10 @@ def test_a_protocol_refuses_what_is_none():
         Protocol(epochs=0)
     with pytest.raises(TrainingError, match="two or more learning-rate factors"):
         Protocol(factors=(1.0,))
+    with pytest.raises(TrainingError, match="give decays that rise"):
+        Protocol(decays=(1.0, 0.1))
+    with pytest.raises(TrainingError, match="give 'batch', 'running' or both"):
+        Protocol(statistics=("running", "none"))
 
 
 @pytest.fixture

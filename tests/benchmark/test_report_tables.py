@@ -110,7 +110,10 @@ def test_chosen_rates_at_an_end_of_the_grid_are_counted(row):
     rows = [
         row("full", "signs", i, lr=rate, decay=1.0, trials=trials) for i, rate in enumerate(rates)
     ]
+    for i, statistics in enumerate(("batch", "running", "running")):
+        rows[i]["norm_statistics"] = statistics
     found = read_rows(rows)
+    assert choice_table(found, METHODS).rows[0][4] == "2 of 3"
     assert choice_table(found, METHODS).rows[0][-2:] == ("2 (1 lowest, 1 highest)", "3 (3 highest)")
     assert list(column(cell_table(found, METHODS), "lr at an edge").values()) == ["highest tried"]
     assert [line[9] for line in cell_table(found, METHODS).rows] == [

@@ -63,3 +63,15 @@ def test_bad_requests_are_refused_before_anything_is_computed(
     assert refused.status == status
     assert message in " ".join(refused.err.replace("│", " ").split())
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_speed_prints_saves_and_draws_and_refuses_unknown_groups(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("onetrunk.benchmark.speed.memory.N_DOMAINS", (1, 4))
+    words = ("benchmark", "speed", "--out", tmp_path, "--backbone", "resnet26(width=0.125)@16")
+    ran = run(*words, "--only", "memory", "--json")
+    assert ran.status == 0, ran.err
+    records = json.loads(ran.out)["records"]
+    assert [r["n_domains"] for r in records] == [1, 4]
+    assert "Memory by number of domains" in (tmp_path / "speed.md").read_text()
+    ran = run(*words, "--only", "latency")
+    assert ran.status == 1 and "no group 'latency' in benchmark speed" in ran.err

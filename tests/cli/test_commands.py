@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 import onetrunk as ot
 import onetrunk.backbones
-from onetrunk.cli.exporting import export_weights
 
 VERBS = ("quickstart", "new", "train", "evaluate", "predict", "list", "show", "verify", "remove")
 
@@ -57,19 +56,28 @@ def test_what_is_exported_loads_into_the_stock_architecture(run, bank, tmp_path)
     torch.testing.assert_close(stock(images_bchw), model(images_bchw), rtol=1e-4, atol=1e-4)
 
 
-def test_an_export_says_where_no_stock_architecture_fits(tmp_path):
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3),
-        torch.nn.AdaptiveAvgPool2d(1),
-        torch.nn.Flatten(),
-        torch.nn.Linear(8, 2),
-    )
-    model = ot.attach(
-        net, ot.Parallel(), ["a", "b"], where=ot.Where(layers="all"), input_size=(3, 16, 16)
-    )
-    report = export_weights(model.eval(), tmp_path / "x.safetensors")
-    assert report["architecture"] is None and report["difference"] <= report["limit"]
+def test_a_domain_and_a_whole_bank_are_exported_as_onnx(run, bank, photos, tmp_path):
+    words = ("--data", photos, "--epochs", 1, "--no-probe")
+    assert run("train", bank, "more", *words, "--adapter", "lowrank(rank=2)").status == 0
+    one, both = tmp_path / "one.onnx", tmp_path / "both.onnx"
+    ran = run("export", bank, "more", "--out", one, "--data", photos)
+    assert ran.status == 0, ran.err
+    assert " images of " in ran.out and "differs from the domain's network" in ran.out
+    report = json.loads(run("export", bank, "--all", "--out", both, "--json").out)
+    assert report["domains"] == ["stripes", "more"] and report["checked_on"] == "builtin:photos"
+    assert report["format"] == "onnx" and both.stat().st_size == report["bytes"]
+
+
+def test_an_export_that_is_not_said_clearly_is_refused(run, bank, tmp_path):
+    for words, message in (
+        (("--out", tmp_path / "x.onnx"), "name the domains to export, or give --all"),
+        (("stripes", "--all", "--out", tmp_path / "x.onnx"), "name the domains to export"),
+        (("--all", "--out", tmp_path / "x.pt2"), "in one file are ONNX only"),
+        (("stripes", "--out", tmp_path / "x.h5"), "the ending of x.h5 is none of"),
+    ):
+        ran = run("export", bank, *words)
+        assert ran.status == 1 and message in ran.err
+    assert not [path for path in tmp_path.iterdir() if path != bank]
 
 
 def test_placement_options_reach_the_plan(run, photos, bank):

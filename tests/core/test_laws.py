@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import onetrunk as ot
 from onetrunk.backbones import fingerprint
+from onetrunk.core import fused
 from onetrunk.core.adapters import FAMILIES, Family, read_family
 from onetrunk.core.attach import Adapted, attach, delta
 from onetrunk.core.cost import cost
@@ -224,6 +225,7 @@ FITTING = [
 PLACED = [
     p for p in FITTING if p.values[0].where and p.values[0].family.scope == "adapters"
 ]  # those that put an adapter beside the layer
+SHARING = [p for p in FITTING if not isinstance(p.values[0].family, ot.Full)]  # a forward
 STARTING_AS_BACKBONE = [p for p in FITTING if p.values[0].starts_as_backbone]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -274,6 +276,44 @@ def test_every_adapter_number_learns_and_nothing_frozen_gets_a_gradient(
             assert (parameter.grad != 0).all(), name
         else:
             assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels last"])
+@pytest.mark.parametrize(("case", "kind"), PLACED)
+def test_the_fused_training_step_is_the_plain_one(
+    case: Case, kind: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "pays", lambda adapter, site: True)
+    net, layout = one_layer(kind), torch.channels_last if channels_last else torch.preserve_format
+    model = shaken(domain(net.to(memory_format=layout), case)).train()
+    for h, w in SIZES:
+        results = []
+        for way in (Adapted.forward, Adapted.plain):
+            x_bihw = images(6, h, w).to(memory_format=layout).requires_grad_()
+            with monkeypatch.context() as patch:
+                patch.setattr(Adapted, "forward", way)
+                torch.manual_seed(0)  # of dropout
+                features = model.features(x_bihw)
+            own = [p for p in model.parameters() if p.requires_grad]
+            loss = features.square().sum() + model.head(features).square().sum()
+            results.append([features, *torch.autograd.grad(loss, [x_bihw, *own])])
+        for ours, plain in zip(*results, strict=True):
+            assert (ours - plain).abs().max() <= 1e-10 * plain.abs().max()
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels last"])
+@pytest.mark.parametrize(("case", "kind"), SHARING)
+def test_a_mixed_row_is_its_own_domains(case: Case, kind: str, channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    net = one_layer(kind).to(memory_format=layout)
+    cases = (case, case, Case(ot.Norm(), None), Case(ot.Channelwise()), Case(ot.Head(), None))
+    models = {str(k): shaken(domain(net, c, k), 5 + k) for k, c in enumerate(cases)}
+    mixed, rows = ot.mix(models), ["1", "4", "0", "2", "1", "3"]
+    for h, w in SIZES:
+        x_bihw = images(6, h, w, n=len(rows)).to(memory_format=layout)
+        expected = [models[name](x_bihw)[k] for k, name in enumerate(rows)]
+        for ours, own in zip(mixed(x_bihw, rows), expected, strict=True):
+            assert (ours - own).abs().max() <= 1e-10 * own.abs().max()
 
 
 @pytest.mark.parametrize(("case", "kind"), PLACED)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 import onetrunk as ot
 from onetrunk.core.attach import delta_names
 from onetrunk.errors import DamagedError, DataError, TrainingError
-from onetrunk.training.fit import Step, fit
+from onetrunk.training.fit import Step, fit, held_norms
 from onetrunk.training.randomness import own_draws, reseed, seed_of
 
 Make = Callable[..., Any]
@@ -161,6 +161,32 @@ def test_only_the_domain_moves(
         assert torch.equal(tensor, before[name]) == frozen, name
     assert all(p.grad is None for p in [*backbone.parameters(), *model.parameters()])
     assert not model.training
+
+
+def test_running_statistics_stay_the_backbones_and_an_adapters_own_do_not(
+    make_net: Make, make_tensors: Make
+) -> None:
+    net = make_net()
+    model = ot.attach(net, ot.Series(), ("ant", "bee", "cat"), input_size=(3, 16, 16))
+    before = {name: b.clone() for name, b in model.named_buffers() if "running" in name}
+    gains = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    train(model, make_tensors(24), ot.Recipe(epochs=1, batch_size=8, norm_statistics="running"))
+    moved = {n for n, b in model.named_buffers() if n in before and not torch.equal(b, before[n])}
+    assert moved == {name for name in before if ".adapter." in name} != set()
+    assert len(moved) < len(before)
+    assert all(not torch.equal(p, gains[n]) for n, p in model.named_parameters() if n in gains)
+
+
+def test_statistics_are_held_where_the_backbones_were_trained(make_net: Make) -> None:
+    def held(net: nn.Module, statistics: str) -> int:
+        model = ot.attach(net, ot.Series(), ("ant", "bee", "cat"), input_size=(3, 16, 16))
+        return len(held_norms(model, ot.Recipe(norm_statistics=statistics)))
+
+    untrained, trained = make_net(), make_net()
+    n_norms = sum(isinstance(m, nn.BatchNorm2d) for m in untrained.modules())
+    trained.train()(torch.randn(4, 3, 16, 16))
+    found = [held(net, s) for net in (untrained, trained) for s in ("auto", "batch", "running")]
+    assert found == [0, 0, n_norms, n_norms, 0, n_norms]
 
 
 def test_nothing_to_train_is_an_error(make_model: Make, make_tensors: Make) -> None:

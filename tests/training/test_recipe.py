@@ -38,6 +38,7 @@ REFUSED = [
     ({"clip_norm": math.inf}, "clip_norm=inf): give a number above 0, or None"),
     ({"optimizer": "adam"}, "optimizer='adam'): give one of adamw, sgd"),
     ({"schedule": "linear"}, "schedule='linear'): give one of cosine, step, constant"),
+    ({"norm_statistics": "mine"}, "norm_statistics='mine'): give one of auto, batch, running"),
     ({"precision": "float16"}, "precision='float16'): give one of auto, float32, bfloat16"),
     ({"nesterov": 1}, "nesterov=1): give True (with a momentum above 0) or False"),
     ({"nesterov": True, "momentum": 0}, "nesterov=True): give True (with a momentum above 0)"),

@@ -221,3 +221,15 @@ def test_a_network_without_blocks_is_refused(make_model: Make) -> None:
 def test_a_plain_network_is_refused() -> None:
     with pytest.raises(AttachError, match="ResNet26 is no domain's network"):
         recomputed(resnet26(0.125))
+
+
+def test_the_first_blocks_alone_are_recomputed_with_the_same_gradients() -> None:
+    model = ot.attach(resnet26(0.125), ot.Parallel(), ("ant", "bee"), input_size=(3, 32, 32))
+    some = recomputed(model, n_blocks=2).train()
+    assert sum("_Recomputed" in str(type(m).__mro__) for m in some.modules()) == 2
+    own = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(some(images().float()).square().sum(), own)
+    expected = torch.autograd.grad(model.train()(images().float()).square().sum(), own)
+    assert all(map(torch.equal, found, expected))
+    with pytest.raises(TrainingError, match=r"n_blocks=0\): give at least 1, or None for all"):
+        recomputed(model, n_blocks=0)

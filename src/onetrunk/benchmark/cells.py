@@ -25,9 +25,10 @@ from ..core.attach import delta, domain_of
 from ..core.change import relative_change
 from ..core.cost import cost
 from ..data import Images, Prepared, Preprocessing, Splits, load
-from ..errors import DataError
+from ..errors import DataError, DivergedError
 from ..training.evaluate import evaluate
 from ..training.fit import fit
+from ..training.probe import start_from_probe
 from ..training.recipe import Recipe
 from .allocated import probed
 from .ledger import Ledger, digest_of
@@ -41,10 +42,10 @@ from .methods import (
     Uniform,
     read_method,
 )
-from .protocol import Protocol
+from .protocol import Protocol, Tuning
 from .setting import Setting
 
-FORMAT = 1  # of what a key is made of: raised where the same key would mean another computation
+FORMAT = 2  # of what a key is made of: raised where the same key would mean another computation
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def run_cell(cell: Cell, ledger: Ledger, work: Path) -> dict[str, Any]:
     assert not isinstance(method, Compressed)  # those have a file of their own
     if method == Placed(Head()):
         model = probed(setting)
-        facts: dict[str, Any] = {"trials": [], "lr": None, "decay": None}
+        facts: dict[str, Any] = {"trials": [], "lr": None, "decay": None, "norm_statistics": None}
     else:
         model, facts = _tuned(cell, method, setting, ledger, work)
     record = {
@@ -127,7 +128,9 @@ def run_cell(cell: Cell, ledger: Ledger, work: Path) -> dict[str, Any]:
 def train_again(cell: Cell, ledger: Ledger, work: Path) -> None:
     """Trains the network of a finished cell once more, as its record says, and stores it."""
     setting = setting_of(cell)
-    model, _ = _tuned(cell, read_method(cell.method), setting, ledger, work)
+    method = read_method(cell.method)
+    assert not isinstance(method, Compressed)
+    model, _ = _tuned(cell, method, setting, ledger, work)
     record = ledger.read()[cell.key]
     store(bank_path(work, cell), setting.backbone, cell.domain, model, record)
 
@@ -180,42 +183,47 @@ def change(model: nn.Module) -> dict[str, float]:
 
 
 def _tuned(
-    cell: Cell, method: Any, setting: Setting, ledger: Ledger, work: Path
+    cell: Cell, method: Trained, setting: Setting, ledger: Ledger, work: Path
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The cell's network at the learning rate and decay that did best on validation images."""
-    protocol, trials = cell.protocol, _Trials(cell, method, setting, ledger)
-    first = protocol.decays[0]
-    tried = {factor: trials.accuracy(factor, first) for factor in protocol.factors}
-    while (factor := protocol.beyond(tried)) is not None:
-        tried[factor] = trials.accuracy(factor, first)
-    factor = protocol.best(tried)
-    by_decay = {first: tried[factor]}
-    for decay in protocol.decays[1:]:
-        by_decay[decay] = trials.accuracy(factor, decay)
-    decay = max(by_decay, key=lambda d: (by_decay[d], -d))
-    recipe = recipe_of(cell, method, factor, decay, protocol.epochs)
-    model = method.make(setting)
+    """The cell's network at the setting that did best on validation images."""
+    trials = _Trials(cell, method, setting, ledger)
+    tuning = cell.protocol.search(trials.accuracy)
+    recipe = recipe_of(cell, method, tuning, cell.protocol.epochs)
+    model = fresh(method, setting)
     checkpoint = work / "checkpoints" / f"{cell.key}.safetensors"
     for _ in fit(model, setting.train, recipe, val=setting.val, checkpoint=checkpoint):
         pass
     checkpoint.unlink(missing_ok=True)
-    return model, {"trials": trials.done, "lr": lr_of(recipe, method), "decay": decay}
+    facts = _facts(recipe, method)
+    return model, {"trials": list(trials.done.values()), "factor": tuning.factor, **facts}
 
 
-def recipe_of(cell: Cell, method: Any, factor: float, decay: float, epochs: int) -> Recipe:
+def fresh(method: Trained, setting: Setting) -> nn.Module:
+    """A network as its training starts: at the linear probe's head where its features are used."""
+    model = method.make(setting)
+    if not isinstance(method, Scratch):
+        start_from_probe(model, probed(setting))
+    return model
+
+
+def recipe_of(cell: Cell, method: Trained, tuning: Tuning, epochs: int) -> Recipe:
     """The recipe of one training of a cell."""
-    recipe = cell.protocol.recipe(factor, decay, cell.seed, epochs)
+    recipe = cell.protocol.recipe(tuning, cell.seed, epochs)
     if isinstance(method, Scratch):
-        return dataclasses.replace(recipe, lr_full=method.lr_full * factor)
+        return dataclasses.replace(recipe, lr_full=method.lr_full * tuning.factor)
     return recipe
 
 
-def lr_of(recipe: Recipe, method: Any) -> float:
-    """The learning rate of what is trained beside norms and head: weights or adapters."""
+def _facts(recipe: Recipe, method: Trained) -> dict[str, Any]:
+    """What was tuned, with the learning rate of what is trained beside norms and head."""
     whole = isinstance(method, Scratch) or (
         isinstance(method, Placed) and method.family.scope == "everything"
     )
-    return recipe.lr_full if whole else recipe.lr
+    return {
+        "lr": recipe.lr_full if whole else recipe.lr,
+        "decay": recipe.decay_adapter,
+        "norm_statistics": recipe.norm_statistics,
+    }
 
 
 class _Trials:
@@ -224,26 +232,28 @@ class _Trials:
     def __init__(self, cell: Cell, method: Trained, setting: Setting, ledger: Ledger) -> None:
         self.cell, self.method, self.setting, self.ledger = cell, method, setting, ledger
         self.known = ledger.read()
-        self.done: list[dict[str, float]] = []
+        self.done: dict[Tuning, dict[str, Any]] = {}
 
-    def accuracy(self, factor: float, decay: float) -> float:
+    def accuracy(self, tuning: Tuning) -> float:
         """The best validation accuracy of a short training."""
-        key = digest_of({"cell": self.cell.key, "factor": factor, "decay": decay})
-        if key not in self.known:
-            found = self._train(factor, decay)
-            self.known[key] = {"key": key, "kind": "trial", "val_accuracy": found}
-            self.ledger.append(self.known[key])
-        accuracy = float(self.known[key]["val_accuracy"])
-        lr = lr_of(recipe_of(self.cell, self.method, factor, decay, 1), self.method)
-        self.done.append({"lr": lr, "decay": decay, "val_accuracy": accuracy})
-        return accuracy
+        if tuning not in self.done:
+            key = digest_of({"cell": self.cell.key, **dataclasses.asdict(tuning)})
+            if key not in self.known:
+                found = self._train(tuning)
+                self.known[key] = {"key": key, "kind": "trial", "val_accuracy": found}
+                self.ledger.append(self.known[key])
+            facts = _facts(recipe_of(self.cell, self.method, tuning, 1), self.method)
+            self.done[tuning] = {**facts, "val_accuracy": float(self.known[key]["val_accuracy"])}
+        return float(self.done[tuning]["val_accuracy"])
 
-    def _train(self, factor: float, decay: float) -> float:
-        epochs = self.cell.protocol.trial_epochs
-        recipe = recipe_of(self.cell, self.method, factor, decay, epochs)
-        model, best = self.method.make(self.setting), 0.0
-        for step in fit(model, self.setting.train, recipe, val=self.setting.val):
-            best = max(best, step.val_accuracy or 0.0)
+    def _train(self, tuning: Tuning) -> float:
+        recipe = recipe_of(self.cell, self.method, tuning, self.cell.protocol.trial_epochs)
+        model, best = fresh(self.method, self.setting), 0.0
+        try:
+            for step in fit(model, self.setting.train, recipe, val=self.setting.val):
+                best = max(best, step.val_accuracy or 0.0)
+        except DivergedError:  # its learning rate is not for this cell
+            return 0.0
         return best
 
 
@@ -293,7 +303,7 @@ def setting_of(cell: Cell) -> Setting:
         train=_data(cell, "train", preprocessing),
         val=_data(cell, "val", preprocessing),
         seed=cell.seed,
-        recipe=cell.protocol.recipe(1.0, cell.protocol.decays[0], cell.seed, cell.protocol.epochs),
+        recipe=cell.protocol.recipe(cell.protocol.start, cell.seed, cell.protocol.epochs),
     )
 
 

@@ -22,9 +22,10 @@ from ..training.fit import fit
 from .cells import Cell, bank_name, bank_path, figures, setting_of, train_again
 from .ledger import Ledger, digest_of
 from .methods import Compressed, read_method
+from .protocol import Tuning
 from .setting import Setting
 
-FACTORS = (0.1, 0.5)  # on the recipe's learning rates: what is tuned is trained already
+FACTORS = (0.1, 0.5)  # on the learning rates a domain was trained with
 N_IMAGES = 128  # a domain, for the covariances of its activations
 
 
@@ -42,13 +43,14 @@ def run_compressed(cells: list[Cell], ledger: Ledger, work: Path) -> list[dict[s
     method = read_method(cells[0].method)
     assert isinstance(method, Compressed)
     settings = {cell.domain: setting_of(cell) for cell in cells}
-    models = _trained(cells, method, ledger, work, settings[cells[0].domain].backbone)
+    tunings, models = _trained(cells, method, ledger, work, settings[cells[0].domain].backbone)
     made, shared = _compressed(models, method, settings)
     seconds = (time.monotonic() - started) / len(cells)
     records = []
     for cell in cells:
         if keys[cell.domain] not in known:
-            record = _tuned(cell, made[cell.domain], settings[cell.domain], seconds)
+            name = cell.domain
+            record = _tuned(cell, made[name], settings[name], tunings[name], seconds)
             record |= {"key": keys[cell.domain], "shared_numbers": shared}
             ledger.append(record)
             known[keys[cell.domain]] = record
@@ -63,8 +65,10 @@ def compressed_key(cell: Cell, cells: list[Cell]) -> str:
 
 def _trained(
     cells: list[Cell], method: Compressed, ledger: Ledger, work: Path, backbone: nn.Module
-) -> dict[str, nn.Module]:
-    """The domains' networks; where only the record of one was kept, it is trained again."""
+) -> tuple[dict[str, Tuning], dict[str, nn.Module]]:
+    """How the domains were trained, and their networks: trained again where only the record was
+    kept.
+    """
     sources = [dataclasses.replace(cell, method=method.of) for cell in cells]
     known, path = ledger.read(), bank_path(work, sources[0])
     for source in sources:
@@ -76,7 +80,13 @@ def _trained(
         if not path.exists() or bank_name(source.domain) not in Bank.open(path).domains:
             train_again(source, ledger, work)
     bank = Bank.open(path, backbone)
-    return {cell.domain: bank.load(bank_name(cell.domain)) for cell in cells}
+    tunings = {}
+    for source in sources:
+        record = known[source.key]
+        tunings[source.domain] = Tuning(
+            record["factor"], record["decay"], record["norm_statistics"]
+        )
+    return tunings, {cell.domain: bank.load(bank_name(cell.domain)) for cell in cells}
 
 
 def _compressed(
@@ -95,16 +105,17 @@ def _compressed(
     return made, 0 if basis is None else basis.numbers
 
 
-def _tuned(cell: Cell, model: nn.Module, setting: Setting, seconds: float) -> dict[str, Any]:
+def _tuned(
+    cell: Cell, model: nn.Module, setting: Setting, source: Tuning, seconds: float
+) -> dict[str, Any]:
     started = time.monotonic()
     untuned = evaluate(model, setting.val).accuracy
     best, best_accuracy, chosen = model, untuned, 0.0
-    trials = [{"lr": 0.0, "decay": cell.protocol.decays[0], "val_accuracy": untuned}]
-    for factor in FACTORS:
+    trials = [{"lr": 0.0, "decay": source.decay, "val_accuracy": untuned}]
+    for share in FACTORS:
         candidate = _copy(model)
-        recipe = cell.protocol.recipe(
-            factor, cell.protocol.decays[0], cell.seed, cell.protocol.tune_epochs
-        )
+        tuning = dataclasses.replace(source, factor=source.factor * share)
+        recipe = cell.protocol.recipe(tuning, cell.seed, cell.protocol.tune_epochs)
         for _ in fit(candidate, setting.train, recipe, val=setting.val):
             pass
         accuracy = evaluate(candidate, setting.val).accuracy
@@ -118,7 +129,8 @@ def _tuned(cell: Cell, model: nn.Module, setting: Setting, seconds: float) -> di
         "numbers": record["numbers"] + own,
         "trials": trials,
         "lr": chosen,
-        "decay": cell.protocol.decays[0],
+        "decay": source.decay,
+        "norm_statistics": source.statistics,
         "untuned_val_accuracy": untuned,
         "n_train": len(setting.train),
         "seconds": round(seconds + time.monotonic() - started, 1),

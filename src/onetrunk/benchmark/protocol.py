@@ -1,17 +1,30 @@
 """Protocol: everything that the cells of one study have in common, as typed fields.
 
-Every method has the same tuning: the learning rates of its recipe times each of `factors`, trained
-for `trial_epochs`; where the best lies at an end of the row, one more beyond it, up to twice; then
-`decays` at the best. Validation images choose. The best is trained for `epochs`, its best epoch by
-validation is kept, and the test images are scored once.
+Every method starts at the linear probe's head and has the same tuning: trainings of `trial_epochs`
+whose accuracy on validation images chooses. First which statistics batch norms train with; then the
+learning rates, the recipe's times each of `factors`, and where the best lies at an end of the row
+one more beyond it, up to twice; then higher decays for as long as each is better. The best is
+trained for `epochs`, its best epoch by validation is kept, and the test images are scored once.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import TrainingError
 from ..training.recipe import Recipe
+
+Statistics = Literal["batch", "running"]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One setting of what is tuned: a factor on the recipe's learning rates, decay, statistics."""
+
+    factor: float
+    decay: float
+    statistics: Statistics
 
 
 @dataclass(frozen=True)
@@ -25,22 +38,24 @@ class Protocol:
         size_px: side of the square that the network sees.
         epochs: passes of the final training; the trials have `trial_epochs`.
         factors: on the recipe's learning rates, rising by a constant ratio.
-        decays: weight decays tried; the first one goes with the trials of `factors`.
+        decays: weight decays, rising; the first one goes with the other trials.
+        statistics: what batch norms may train with (`Recipe.norm_statistics`).
         batch_size: images a step.
         tune_epochs: passes when the factors of a joint compression are tuned.
     """
 
-    images: int = 400
+    images: int = 320
     least_per_class: int = 4
-    val_images: int = 200
+    val_images: int = 160
     per_class: int | None = None
     size_px: int = 48
-    epochs: int = 16
-    trial_epochs: int = 3
+    epochs: int = 10
+    trial_epochs: int = 4
     factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
-    decays: tuple[float, ...] = (0.05, 1.0)
-    batch_size: int = 32
-    tune_epochs: int = 6
+    decays: tuple[float, ...] = (0.05, 1.0, 5.0)
+    statistics: tuple[Statistics, ...] = ("running", "batch")
+    batch_size: int = 16
+    tune_epochs: int = 4
 
     def __post_init__(self) -> None:
         for field in ("images", "least_per_class", "val_images", "epochs", "trial_epochs"):
@@ -50,21 +65,48 @@ class Protocol:
             raise TrainingError(
                 f"Protocol(factors={self.factors}): give two or more learning-rate factors, rising."
             )
+        if not self.decays or list(self.decays) != sorted(set(self.decays)):
+            raise TrainingError(f"Protocol(decays={self.decays}): give decays that rise.")
+        if not self.statistics or not set(self.statistics) <= {"batch", "running"}:
+            raise TrainingError(
+                f"Protocol(statistics={self.statistics}): give 'batch', 'running' or both."
+            )
 
-    def recipe(self, factor: float, decay: float, seed: int, epochs: int) -> Recipe:
-        """The recipe of one training: the default one at other learning rates and decays."""
+    @property
+    def start(self) -> Tuning:
+        """The setting from which the search goes on: the recipe's own rates, the least decay."""
+        return Tuning(1.0, self.decays[0], self.statistics[0])
+
+    def recipe(self, tuning: Tuning, seed: int, epochs: int) -> Recipe:
+        """The recipe of one training: the default one at other rates, decays and statistics."""
         base = Recipe()
         return dataclasses.replace(
             base,
             epochs=epochs,
             batch_size=self.batch_size,
-            lr=base.lr * factor,
-            lr_full=base.lr_full * factor,
-            decay_adapter=decay,
-            decay_head=decay,
-            decay_full=decay,
+            lr=base.lr * tuning.factor,
+            lr_full=base.lr_full * tuning.factor,
+            decay_adapter=tuning.decay,
+            decay_head=tuning.decay,
+            decay_full=tuning.decay,
+            norm_statistics=tuning.statistics,
             seed=seed,
         )
+
+    def search(self, accuracy: Callable[[Tuning], float]) -> Tuning:
+        """The setting that did best; `accuracy` is asked for each once or more."""
+        settings = [dataclasses.replace(self.start, statistics=s) for s in self.statistics]
+        best = max(settings, key=accuracy)  # of equals the first
+        tried = {f: accuracy(dataclasses.replace(best, factor=f)) for f in self.factors}
+        while (factor := self.beyond(tried)) is not None:
+            tried[factor] = accuracy(dataclasses.replace(best, factor=factor))
+        best = dataclasses.replace(best, factor=self.best(tried))
+        for decay in self.decays[1:]:
+            more = dataclasses.replace(best, decay=decay)
+            if accuracy(more) <= accuracy(best):
+                break
+            best = more
+        return best
 
     def best(self, tried: dict[float, float]) -> float:
         """The factor of the highest accuracy; of equals the one nearest to the row's middle."""
@@ -83,15 +125,15 @@ class Protocol:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**dataclasses.asdict(self), "factors": list(self.factors),
-                "decays": list(self.decays)}  # fmt: skip
+        values = dataclasses.asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 SMALL = Protocol()
 """For two CPU cores: a domain and method in one to three minutes."""
 
 FULL = Protocol(
-    images=10**9, val_images=10**9, size_px=64, epochs=40, trial_epochs=8, batch_size=64,
+    images=10**9, val_images=10**9, size_px=64, epochs=30, trial_epochs=8, batch_size=64,
     tune_epochs=15,
 )  # fmt: skip
 """For one GPU: every image."""

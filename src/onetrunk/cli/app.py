@@ -577,28 +577,34 @@ def compress(
 @app.command()
 def export(
     bank: BankPath,
-    domain: Domain,
-    out: Annotated[Path, typer.Option(help="The file to write.")],
+    domain: Annotated[
+        list[str] | None, typer.Argument(metavar="DOMAIN...", help="One, or several as one ONNX.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("domain.safetensors"),
+    every: Annotated[
+        bool, typer.Option("--all", help="Every domain of the bank, as ONNX.")
+    ] = False,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="safetensors, pt2 or onnx; by default OUT's.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Images for the check; by default noise."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The merged network's weights as one safetensors file, with class names and preprocessing.
+    """The merged network as one file that needs no onetrunk, with class names and preprocessing.
 
-    Where it can, the file fits the stock architecture, which the last line names; it needs no
-    onetrunk. It is compared with the domain's own network on random images before it is written.
+    safetensors: weights, for the stock architecture where they fit it; pt2: torch.export; onnx: for
+    ONNX Runtime, OpenVINO and others. The file is read back, run and compared with the domain's
+    own network before it appears. Several domains, or --all, become one ONNX file whose second
+    input says the domain of each row.
 
-    Example: onetrunk export garden.bank flowers --out flowers.safetensors
+    Example: onetrunk export garden.bank flowers --out flowers.onnx --data photos/flowers
     """
-    from .exporting import export_weights
+    from . import exporting
 
-    screen = Screen(as_json)
-    report = export_weights(_open(bank).load(domain), out)
-    screen.say(
-        f"{out}: {report['numbers']:,} numbers, {size(report['bytes'])}; differs from the domain's "
-        f"network by {report['difference']:.1e} of the largest logit"
-    )
-    fits = report["architecture"]
-    screen.say(f"loads into {fits}" if fits else "norms are folded: no stock architecture fits it")
-    screen.finish({"domain": domain, **report})
+    exporting.run(_open(bank), domain or [], every, out, file_format, data, Screen(as_json))
 
 
 def _open(path: Path) -> "Bank":

@@ -114,6 +114,48 @@ def stages(
     _run("stages", wish, workers, report_only, Screen(as_json))
 
 
+@benchmark.command()
+def speed(
+    out: Annotated[Path, typer.Option(help="Where results go; a run goes on there.")] = Path(
+        "results/speed"
+    ),
+    only: Annotated[str, typer.Option(help="Of step,inference,mixed,memory.")] = "",
+    backbones: Annotated[
+        list[str] | None,
+        typer.Option("--backbone", metavar="NAME[@PIXELS]", help="Again for several."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds; every one runs all contestants.")] = 9,
+    threads: Annotated[int, typer.Option(min=1, help="Of PyTorch and the runtimes.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Time and memory of training, inference and mixed batches, against what one would use instead.
+
+    Contestants take turns and are compared within their round. With one thread the processor's own
+    time is taken, which other programs do not change.
+
+    Example: onetrunk benchmark speed --only step,mixed --backbone "resnet26(width=1.0)@64"
+    """
+    import torch
+
+    from ..benchmark.report import require_extra
+    from ..benchmark.speed import GROUPS, MEMORY, SUBJECTS
+    from ..benchmark.speed import run as run_speed
+    from ..benchmark.speed.report import write
+
+    require_extra()
+    screen, before = Screen(as_json), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with screen.bar("speed") as show:
+            groups = _listed(only, ",") or (*GROUPS, MEMORY)
+            records = run_speed(groups, tuple(backbones or SUBJECTS), repeats, out, show)
+    finally:
+        torch.set_num_threads(before)
+    files = write(records, out, shlex.join(["onetrunk", *sys.argv[1:]]))
+    screen.say((out / "speed.md").read_text())
+    screen.finish({"records": records, "files": [str(path) for path in files]})
+
+
 def _wish(
     folder: Path,
     out: Path,

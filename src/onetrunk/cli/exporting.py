@@ -1,88 +1,87 @@
-"""export: a domain merged into an ordinary network, its weights in one safetensors file.
-
-Where the stock architecture can hold the merged weights (adapters folded into its own layers, norms
-with the domain's values), the file loads into it: timm.create_model(NAME, num_classes=...) and
-load_state_dict, no onetrunk. Where it cannot (a layer that standardises its weight), the norms are
-folded too and the file says so.
-"""
+"""export: argv -> domains, images for the check, one file."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..backbones.written_form import build_empty, load_tensors, read_form, written_form
-from ..core.attach import domain_of, own_size
-from ..core.merge import difference, merge
-from ..errors import BankError, OnetrunkError
-from ..files import reason, write_atomically
+from ..bank.bank import Bank
+from ..core.attach import domain_of
+from ..data import Prepared, load
+from ..errors import ExportError, MissingExtraError
+from ..export import Exported, export, export_together
+from ..export.base import N_CHECKED
+from .console import Screen, size
 
-N_CHECKED = 8  # random images on which the merged network is compared
+PHOTOS = "builtin:photos"
 
 
-def export_weights(model: nn.Module, out: Path) -> dict[str, Any]:
-    """Writes the merged weights and says how far they are from the domain's network.
+def run(
+    bank: Bank,
+    domains: list[str],
+    every: bool,
+    out: Path,
+    file_format: str | None,
+    source: str | None,
+    screen: Screen,
+) -> None:
+    """Writes the file and says what it is.
 
     Raises:
-        MergeError: where the domain does not merge exactly; nothing is written.
-        BankError: where the file cannot be written.
+        ExportError: where it is not said what to export, or several domains as no ONNX.
+        OnetrunkError: of the room that refuses; there is no file then.
     """
-    domain = domain_of(model)
-    channels, rows, columns = own_size(domain) or (3, 64, 64)
-    generator = torch.Generator().manual_seed(0)
-    images_bchw = torch.randn(N_CHECKED, channels, rows, columns, generator=generator)
-    merged = merge(model, fold_norms=False)
-    form = stock_form(domain.backbone, len(domain.classes))
-    stock = None if form is None else _loaded(form, merged)
-    if stock is not None and _agree(model, stock, images_bchw):
-        merged = stock
+    names = list(bank.domains) if every else domains
+    if not names or (every and domains):
+        raise ExportError("name the domains to export, or give --all for every domain of the bank.")
+    models = {name: bank.load(name) for name in names}
+    together = every or len(names) > 1
+    if together and (file_format or out.suffix.removeprefix(".")) != "onnx":
+        raise ExportError(
+            f"{len(names)} domains in one file are ONNX only: give --format onnx or --out "
+            "FILE.onnx, or export them one by one."
+        )
+    model = models[names[0]]
+    source = source or _photographs(model)
+    images = None if source is None else _images(source, model)
+    screen.say(f"checking on {'noise' if images is None else f'{len(images)} images of {source}'}")
+    if together:
+        report = export_together(models, out, images)
     else:
-        form, merged = None, merge(model, check=images_bchw)
-    tensors = {name: t.detach().clone() for name, t in merged.state_dict().items()}
-    preprocessing = domain.preprocessing and domain.preprocessing.to_json()
-    metadata = {
-        "format": "pt",
-        "architecture": form or "norms folded: not a stock architecture",
-        "classes": json.dumps(list(domain.classes)),
-        "preprocessing": json.dumps(preprocessing),
-    }
-    data = safetensors.torch.save(tensors, metadata)
-    try:
-        write_atomically(out, data)
-    except OSError as error:
-        raise BankError(f"{out} could not be written: {reason(error)}") from error
-    return {
-        "file": str(out),
-        "architecture": form,
-        "bytes": len(data),
-        "numbers": sum(t.numel() for t in tensors.values()),
-        **difference(model, merged, images_bchw),
-    }
+        report = export(model, out, format=file_format, images=images)
+    _say(report, screen)
+    screen.finish({"domains": names, "checked_on": source or "noise", **dataclasses.asdict(report)})
 
 
-def stock_form(backbone: nn.Module, n_classes: int) -> str | None:
-    """The written form of `backbone` with another number of classes; None for a user's own."""
-    form = written_form(backbone)
-    if form.startswith("module:"):
+def _photographs(model: nn.Module) -> str | None:
+    """Real pictures that come with installed packages; None where there are none, or no use."""
+    if domain_of(model).preprocessing is None:
         return None
-    read = read_form(form)
-    return str(dataclasses.replace(read, options={**read.options, "num_classes": n_classes}))
-
-
-def _loaded(form: str, merged: nn.Module) -> nn.Module | None:
-    """The stock architecture with the merged weights; None where they do not fit."""
     try:
-        stock = build_empty(form)
-        load_tensors(stock, merged.state_dict(), form)
-    except OnetrunkError:
+        load(PHOTOS)
+    except MissingExtraError:
         return None
-    return stock
+    return PHOTOS
 
 
-def _agree(model: nn.Module, stock: nn.Module, images_bchw: torch.Tensor) -> bool:
-    found = difference(model, stock, images_bchw)
-    return found["difference"] <= found["limit"]
+def _images(source: str, model: nn.Module) -> Tensor:
+    """Some of a source's images, as the domain sees them."""
+    splits, seen = load(source), domain_of(model).preprocessing
+    if seen is None:
+        raise ExportError(
+            "this domain prepares no images: its backbone takes neither 1 nor 3 channels. "
+            "Leave --data out."
+        )
+    part = splits.test or splits.val or splits.train
+    like = next(model.parameters())
+    return Prepared(part, seen).few_views(N_CHECKED).to(like.device, like.dtype)
+
+
+def _say(report: Exported, screen: Screen) -> None:
+    screen.say(
+        f"{report.file}: {report.numbers:,} numbers, {size(report.bytes)}; differs from the "
+        f"domain's network by {report.difference:.1e} of the largest logit"
+    )
+    if report.format == "safetensors":
+        fits = report.architecture
+        screen.say(f"loads into {fits}" if fits else "norms are folded: no stock architecture fits")

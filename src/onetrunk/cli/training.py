@@ -19,8 +19,8 @@ from ..data import Prepared, Preprocessing, Splits
 from ..errors import DataError
 from ..training.cached import cached
 from ..training.evaluate import Evaluation, evaluate
-from ..training.fit import fit
-from ..training.probe import linear_probe
+from ..training.fit import fit, held_norms
+from ..training.probe import linear_probe, start_from_probe
 from ..training.recipe import Recipe
 from ..training.recomputed import recomputed
 from ..training.size import sensible_size
@@ -130,6 +130,8 @@ def train_ready(
     scored_on = "test" if data["test"] is not None else "val"
     if request.probe and probed is None:
         probed = probe(bank.backbone, ready, request.device, screen)
+    if probed is not None and held_norms(model, request.recipe):
+        start_from_probe(model, probed)  # with a batch's own statistics it would fit no longer
     _fit(bank, model, data, request, screen)
     result = evaluate(model, data[scored_on])
     trained = Trained(

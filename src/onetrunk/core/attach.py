@@ -19,6 +19,7 @@ from ..errors import AttachError, BackboneError, DataError
 from ..tensorfile import fingerprint_of
 from .adapters import Adapter, Family, Full, LowRank, Norm, Shared
 from .basis import Basis
+from .fused import folded_product, folds
 from .plan import Plan, Where, default_family, place
 from .sites import Site, Tap, site_of
 from .trace import Size, Trace, timm_classifier, trace
@@ -95,13 +96,34 @@ class Adapted(nn.Module):
         super().__init__()
         self.layer, self.adapter = layer, adapter
         self.tap = Tap.of(layer, site) if isinstance(layer, nn.Conv2d) else None
+        self.folds = folds(layer, adapter, site)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.folds and torch.is_grad_enabled() and self._untouched():
+            a_oi = self.adapter.matrix()
+            if a_oi is not None:
+                return folded_product(self.layer, a_oi, x, self.tap)
+        return self.plain(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The layer and the adapter beside it: what the fused step must equal."""
         y = self.layer(x)
         if not self.adapter.reads_input:
             return _laid_out_as(y, self.adapter(y, y))
         x = x if self.tap is None else self.tap.pick(x, y.shape[-2:])
         return _laid_out_as(y, self.adapter(x, y))
+
+    def _untouched(self) -> bool:
+        """Whether the weight is frozen, and nobody listens to layer or adapter by a hook."""
+        hooks = (
+            hook
+            for module in (self.layer, self.adapter)
+            for hook in (
+                module._forward_pre_hooks, module._forward_hooks,
+                module._backward_pre_hooks, module._backward_hooks,
+            )
+        )  # fmt: skip
+        return not self.layer.weight.requires_grad and not any(hooks)
 
     def __getattr__(self, name: str) -> Any:
         return passed_on(self, "layer", super().__getattr__, name)

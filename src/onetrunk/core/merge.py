@@ -5,6 +5,7 @@ onetrunk is in it, and it costs what the backbone costs. The domain stays as it 
 computed in float64 and stored in the layer's own type.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -165,7 +166,9 @@ def _without_norm(norm: nn.Module) -> nn.Module:
     return left.eval()
 
 
-def difference(model: nn.Module, merged: nn.Module, images_bchw: Tensor) -> dict[str, float]:
+def difference(
+    model: nn.Module, merged: Callable[[Tensor], Tensor], images_bchw: Tensor
+) -> dict[str, float]:
     """How far apart two networks are, beside the first one's own rounding noise.
 
     Returns:

@@ -127,10 +127,10 @@ def on_device(backbone: nn.Module, device: str) -> nn.Module:
     return copy.deepcopy(backbone, memo).eval()
 
 
-def example(backbone: nn.Module, size: Size, device: str) -> Tensor:
-    """One image of zeros in the backbone's dtype."""
+def example(backbone: nn.Module, size: Size, device: str, n_images: int = 1) -> Tensor:
+    """Images of zeros in the backbone's dtype."""
     floating = (p.dtype for p in backbone.parameters() if p.is_floating_point())
-    return torch.zeros((1, *size), dtype=next(floating, torch.float32), device=device)
+    return torch.zeros((n_images, *size), dtype=next(floating, torch.float32), device=device)
 
 
 @torch.no_grad()
@@ -372,3 +372,49 @@ def _foldable(norm: nn.Module) -> bool:
     known = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
     with_activation = {("timm", "BatchNormAct2d"), ("timm", "SyncBatchNormAct")}
     return cls.forward in known or package_and_class(norm) in with_activation
+
+
+def rows_per_image(
+    network: nn.Module, layers: set[str], size: Size | None = None
+) -> dict[str, int]:
+    """Layer -> the rows that it gets for each image of a batch: 1, or more for windows of images.
+
+    0 where their number does not follow the batch. Layers that are not called are left out, and all
+    are where the network runs at no size.
+
+    Args:
+        network, size: as for `following_norms`.
+        layers: module paths.
+    """
+    for device in ("meta", "cpu"):
+        for tried in [size] if size else default_sizes(network):
+            try:
+                two, three = (_n_rows(network, layers, tried, device, n) for n in (2, 3))
+            except Exception:  # the next device or size may run
+                continue
+            return {
+                name: two[name].pop() // 2 if _follows(two[name], three.get(name, set())) else 0
+                for name in two
+            }
+    return {}
+
+
+def _follows(two: set[int], three: set[int]) -> bool:
+    """Whether a layer got k rows for each image, of batches of two and of three."""
+    return len(two) == len(three) == 1 and 3 * min(two) == 2 * min(three)
+
+
+@torch.no_grad()
+def _n_rows(
+    network: nn.Module, layers: set[str], size: Size, device: str, n_images: int
+) -> dict[str, set[int]]:
+    copied, found = on_device(network, device), dict[str, set[int]]()
+
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda _module, args: found.setdefault(name, set()).add(len(args[0]))
+
+    for name, module in copied.named_modules():
+        if name in layers:
+            module.register_forward_pre_hook(note(name))
+    copied(example(network, size, device, n_images))
+    return found

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.adapters import Adapter
 from ..core.attach import delta, domain_of, trains_basis
-from ..errors import TrainingError
+from ..errors import DivergedError, TrainingError
 from ..tensorfile import fingerprint_of
 from .checkpoint import Checkpoint, make_folder, read_checkpoint, write_checkpoint
 from .distributed import check_batch, world
@@ -154,6 +155,25 @@ def _refuse_going_back(**given: Any) -> None:
             )
 
 
+def held_norms(model: nn.Module, recipe: Recipe) -> list[nn.Module]:
+    """The batch norms that keep the backbone's statistics in a training of a domain's `model`.
+
+    An adapter's own norm is none of them: no backbone has its statistics.
+    """
+    backbone = _batch_norms(domain_of(model).backbone)
+    trained = any(bool(norm.running_mean.any()) for norm in backbone)  # they start at zero
+    if recipe.norm_statistics == "batch" or (recipe.norm_statistics == "auto" and not trained):
+        return []
+    adapters = [adapter for adapter in model.modules() if isinstance(adapter, Adapter)]
+    fresh = {id(norm) for adapter in adapters for norm in _batch_norms(adapter)}
+    return [norm for norm in _batch_norms(model) if id(norm) not in fresh]
+
+
+def _batch_norms(module: nn.Module) -> list[Any]:
+    kind = nn.modules.batchnorm._BatchNorm
+    return [m for m in module.modules() if isinstance(m, kind) and m.running_mean is not None]
+
+
 def best_device() -> str:
     """`cuda`, `mps` or `cpu`: the first that this machine has."""
     if torch.cuda.is_available():
@@ -185,6 +205,7 @@ class _Loop:
         self.n_steps = self.steps_an_epoch * self.n_epochs
         self.dtype = next(model.parameters()).dtype
         self.autocast = _autocasts(recipe, device)
+        self.held_norms = held_norms(model, recipe)
         self.failed = False  # then network and step do not belong together: nothing to keep
 
     def steps(self) -> Generator[Step, None, None]:
@@ -236,6 +257,8 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr
         self.model.train()
+        for held in self.held_norms:
+            held.eval()
         self.optimizer.zero_grad()
         with own_draws(self.device):
             step = self.run.step * self.world.size + self.world.rank
@@ -295,13 +318,13 @@ class _Loop:
                 self.run.best_accuracy, self.run.best = accuracy, state
         return accuracy, best
 
-    def _stopped(self, what: str) -> TrainingError:
+    def _stopped(self, what: str) -> DivergedError:
         """Gives the network its last good state; the error to raise then."""
         self.failed = True
         _restore(self.model, self.run.good)
         epochs = self.run.epochs
         good = f"its state after epoch {epochs}" if epochs else "the state it came with"
-        return TrainingError(
+        return DivergedError(
             f"{what} of {self.n_steps}: the network has {good} again. Lower the learning rate "
             f"(lr={self.recipe.lr:g}), or look for broken numbers in the data."
         )

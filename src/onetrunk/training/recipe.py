@@ -46,6 +46,11 @@ class Recipe:
         crop_scale: (least, most) share of an image's area in a training crop; None: a crop of
             fixed size, as in the paper.
         precision: `auto` (bfloat16 autocast on CUDA devices that have it), `float32`, `bfloat16`.
+        norm_statistics: what batch norms train with. `batch`: each batch's mean and variance, and
+            the domain's own are learned for evaluation; `running`: the backbone's, as in
+            evaluation, so that training starts where the linear probe is, and gain and shift alone
+            are learned (an adapter's own norm takes the batch's either way); `auto`: `running`
+            where the backbone's statistics were trained.
         seed: of order, augmentation and dropout.
 
     Raises:
@@ -71,6 +76,7 @@ class Recipe:
     clip_norm: float | None = 1.0
     crop_scale: tuple[float, float] | None = (0.4, 1.0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    norm_statistics: Literal["auto", "batch", "running"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -179,6 +185,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adamw", "sgd"),
     "schedule": ("cosine", "step", "constant"),
     "precision": ("auto", "float32", "bfloat16"),
+    "norm_statistics": ("auto", "batch", "running"),
 }
 
 
@@ -217,6 +224,7 @@ PAPER = Recipe(
     label_smoothing=0.0,
     clip_norm=None,
     crop_scale=None,
+    norm_statistics="batch",
 )
 """The papers' text: SGD, 0.1 to 0.001, and more decay for small domains (0.005, 0.002, 0.0005)."""
 
@@ -243,6 +251,7 @@ PRETRAIN = Recipe(
     warmup=0.05,
     clip_norm=None,
     crop_scale=(0.35, 1.0),
+    norm_statistics="batch",
 )
 """A backbone from random weights: SGD with Nesterov momentum, cosine to zero, random crops."""
 

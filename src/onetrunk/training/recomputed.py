@@ -20,16 +20,18 @@ from ..errors import TrainingError
 LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def recomputed(model: nn.Module) -> nn.Module:
+def recomputed(model: nn.Module, n_blocks: int | None = None) -> nn.Module:
     """A domain's network that trains in less memory; `fit` takes it in the place of `model`.
 
     To train it is to train `model`: they have the same parameters and statistics.
 
     Args:
         model: a domain's network, or the tail of one (see `cached`); it is left as it was.
+        n_blocks: only so many of the first blocks, whose maps are the largest; None: all.
 
     Raises:
-        TrainingError: where the network has no blocks: modules of several layers in a list.
+        TrainingError: for less than one block, and where the network has no blocks: modules of
+            several layers in a list.
         AttachError: where `model` is no domain's network.
 
     >>> from onetrunk import Parallel, attach
@@ -45,7 +47,9 @@ def recomputed(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no blocks whose activations could be computed again: "
             "none of its nn.Sequential, ModuleList or ModuleDict holds a module of several layers."
         )
-    less = rewired(model, {block: recast(block, _Recomputed) for block in blocks})
+    if n_blocks is not None and n_blocks < 1:
+        raise TrainingError(f"recomputed(n_blocks={n_blocks}): give at least 1, or None for all.")
+    less = rewired(model, {block: recast(block, _Recomputed) for block in blocks[:n_blocks]})
     mark(less, domain)
     return less
 

@@ -44,7 +44,7 @@ class Row:
 
     Args:
         n_train, per_class: training images in all; a class, or None where all were used.
-        lr, decay, trials: what was chosen, and what it was chosen from.
+        lr, decay, norm_statistics, trials: what was chosen, and what it was chosen from.
         val_accuracy, test_accuracy: in [0, 1].
         numbers, head_numbers: the domain's own adapters and norms; its classifier.
         shared_numbers: of a basis that all domains of the method share, counted once.
@@ -66,6 +66,7 @@ class Row:
     epochs: int | None = None
     lr: Finite | None = None
     decay: Finite | None = None
+    norm_statistics: str | None = None
     trials: tuple[Trial, ...] = ()
     val_accuracy: Share | None = None
     head_numbers: Count = 0

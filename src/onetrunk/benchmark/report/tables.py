@@ -110,12 +110,14 @@ def choice_table(rows: Sequence[Row], methods: Sequence[MethodLabel]) -> Table:
                 str(len(group)),
                 _numbers(row.lr for row in group),
                 _numbers(row.decay for row in group),
+                _share_running(group),
                 _edges_text([lr_edge(row) for row in group]),
                 _edges_text([decay_edge(row) for row in group]),
             )
         )
     head = (
-        "method", "cells", "lr chosen", "decay chosen", "lr at an end of the grid",
+        "method", "cells", "lr chosen", "decay chosen", "norms at the backbone's statistics",
+        "lr at an end of the grid",
         "decay at an end",
     )  # fmt: skip
     note = (
@@ -123,6 +125,12 @@ def choice_table(rows: Sequence[Row], methods: Sequence[MethodLabel]) -> Table:
         "one may lie beyond."
     )
     return Table("Chosen hyperparameters", head, tuple(lines), (note,))
+
+
+def _share_running(rows: Sequence[Row]) -> str:
+    """`5 of 16`: cells that trained with the backbone's running statistics in their norms."""
+    chosen = [row.norm_statistics for row in rows if row.norm_statistics is not None]
+    return f"{chosen.count('running')} of {len(chosen)}" if chosen else NONE
 
 
 def cell_table(rows: Sequence[Row], methods: Sequence[MethodLabel]) -> Table:

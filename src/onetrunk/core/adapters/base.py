@@ -5,6 +5,7 @@ layer: `fold` gives the weight and bias of the single layer that computes the sa
 """
 
 import abc
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +17,23 @@ from ...errors import AttachError
 from ..sites import Site
 
 Init = Literal["identity", "released"]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What an adapter does in eval mode, as numbers: y' = gain . y + F_1 ... F_n z + shift.
+
+    Args:
+        factors: F_1 to F_n, each (g, p, q): one p x q matrix for each group of channels; none
+            where no product is added.
+        on_input: whether z is the layer's input (the pixels under the tap); else it is y.
+        gain_o, shift_o: (o,); None where they are 1 and 0.
+    """
+
+    factors: tuple[Tensor, ...] = ()
+    on_input: bool = True
+    gain_o: Tensor | None = None
+    shift_o: Tensor | None = None
 
 
 class Adapter(nn.Module, abc.ABC):
@@ -44,6 +62,17 @@ class Adapter(nn.Module, abc.ABC):
             bias_o: the frozen bias, zeros where the layer has none.
             tap: row and column of the kernel that see the pixel which `forward` gets as `x`.
         """
+
+    @abc.abstractmethod
+    def correction(self) -> Correction:
+        """What `forward` does in eval mode, for a batch whose rows have adapters of their own."""
+
+    def matrix(self) -> Tensor | None:
+        """A (o, i / groups), where the adapter adds A x to the layer's output in train mode too.
+
+        None (the default) where it does not, as under dropout: then nothing is folded in training.
+        """
+        return None
 
 
 class Family(abc.ABC):

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..sites import Site
-from .base import Adapter, Family
+from .base import Adapter, Correction, Family
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class ChannelwiseAdapter(Adapter):
         if self.site.kind == "linear":
             return self.s_o * y + self.t_o
         return self.s_o[:, None, None] * y + self.t_o[:, None, None]
+
+    def correction(self) -> Correction:
+        return Correction(gain_o=self.s_o.detach(), shift_o=self.t_o.detach())
 
     def fold(
         self, weight_oikk: Tensor, bias_o: Tensor, tap: tuple[int, int]

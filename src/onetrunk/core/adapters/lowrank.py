@@ -13,7 +13,16 @@ from torch import Generator, Tensor, nn
 from ... import written
 from ...errors import AttachError
 from ..sites import Site
-from .base import Adapter, Family, Init, add_at_tap, check_options, drop_channels, mix_channels
+from .base import (
+    Adapter,
+    Correction,
+    Family,
+    Init,
+    add_at_tap,
+    check_options,
+    drop_channels,
+    mix_channels,
+)
 
 
 @dataclass(frozen=True)
@@ -82,10 +91,21 @@ class LowRankAdapter(Adapter):
         x = drop_channels(x, self.dropout, self.training, self.site)
         return y + mix_channels(mix_channels(x, self.v_ri, self.site), self.u_or, self.site)
 
+    def correction(self) -> Correction:
+        groups = self.site.groups
+        u_gor, v_gri = (t.detach().unflatten(0, (groups, -1)) for t in (self.u_or, self.v_ri))
+        return Correction((u_gor, v_gri))
+
+    def matrix(self) -> Tensor | None:
+        return None if self.dropout and self.training else self._product(self.u_or, self.v_ri)
+
     def fold(
         self, weight_oikk: Tensor, bias_o: Tensor, tap: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
+        a_oi = self._product(self.u_or.to(weight_oikk), self.v_ri.to(weight_oikk))
+        return add_at_tap(weight_oikk, a_oi, tap), bias_o
+
+    def _product(self, u_or: Tensor, v_ri: Tensor) -> Tensor:
         groups = self.site.groups
-        u_gor = self.u_or.to(weight_oikk).unflatten(0, (groups, -1))
-        v_gri = self.v_ri.to(weight_oikk).unflatten(0, (groups, -1))
-        return add_at_tap(weight_oikk, (u_gor @ v_gri).flatten(0, 1), tap), bias_o
+        u_gor, v_gri = u_or.unflatten(0, (groups, -1)), v_ri.unflatten(0, (groups, -1))
+        return (u_gor @ v_gri).flatten(0, 1)

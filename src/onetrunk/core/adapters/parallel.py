@@ -11,7 +11,16 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..sites import Site
-from .base import Adapter, Family, Init, add_at_tap, check_options, drop_channels, mix_channels
+from .base import (
+    Adapter,
+    Correction,
+    Family,
+    Init,
+    add_at_tap,
+    check_options,
+    drop_channels,
+    mix_channels,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,12 @@ class ParallelAdapter(Adapter):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         x = drop_channels(x, self.dropout, self.training, self.site)
         return y + mix_channels(x, self.a_oi, self.site)
+
+    def correction(self) -> Correction:
+        return Correction((self.a_oi.detach().unflatten(0, (self.site.groups, -1)),))
+
+    def matrix(self) -> Tensor | None:
+        return None if self.dropout and self.training else self.a_oi
 
     def fold(
         self, weight_oikk: Tensor, bias_o: Tensor, tap: tuple[int, int]

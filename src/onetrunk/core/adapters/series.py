@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..sites import Site
-from .base import Adapter, Family, Init, check_options, mix_channels
+from .base import Adapter, Correction, Family, Init, check_options, mix_channels
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,9 @@ class SeriesAdapter(Adapter):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + mix_channels(normed(self.norm, y, self.site), self.a_oo, self.site)
 
+    def correction(self) -> Correction:
+        return correct_after(self.norm, self.a_oo.detach(), self.site.groups)
+
     def fold(
         self, weight_oikk: Tensor, bias_o: Tensor, tap: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
@@ -98,6 +101,14 @@ def fold_after(
     per_group = (groups, -1, 1)
     bias_gp1 = mix_gpo @ bias_o.view(per_group) + a_gpo @ shift_o.view(per_group)
     return merged_oikk, bias_gp1.flatten()
+
+
+def correct_after(norm: nn.modules.batchnorm._BatchNorm, a_oo: Tensor, groups: int) -> Correction:
+    """A BN_a(y) = A S y + A t, in the type of A."""
+    a_gpo = a_oo.double().unflatten(0, (groups, -1))
+    gain_o, shift_o = norm_gain_and_shift(norm, a_gpo)
+    product_gpo, added_o = a_gpo * gain_o.view(groups, 1, -1), a_gpo @ shift_o.view(groups, -1, 1)
+    return Correction((product_gpo.to(a_oo),), on_input=False, shift_o=added_o.flatten().to(a_oo))
 
 
 def norm_gain_and_shift(

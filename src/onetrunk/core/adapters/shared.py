@@ -16,8 +16,16 @@ from torch import Generator, Tensor, nn
 from ... import written
 from ...errors import AttachError
 from ..sites import Site
-from .base import Adapter, Family, add_at_tap, check_options, drop_channels, mix_channels
-from .series import fold_after, new_norm, normed
+from .base import (
+    Adapter,
+    Correction,
+    Family,
+    add_at_tap,
+    check_options,
+    drop_channels,
+    mix_channels,
+)
+from .series import correct_after, fold_after, new_norm, normed
 
 Of = Literal["parallel", "series"]
 Share = Literal["output", "input", "both"]
@@ -150,6 +158,20 @@ class SharedAdapter(Adapter):
         for factor in reversed(self.factors()):
             x = mix_channels(x, factor, self.site)
         return y + x
+
+    def correction(self) -> Correction:
+        factors = [factor.detach() for factor in self.factors()]
+        if self.reads_input:
+            return Correction(tuple(factor[None] for factor in factors))
+        return correct_after(self.norm, self.product(factors[0]), 1)
+
+    def matrix(self) -> Tensor | None:
+        if not self.reads_input or (self.dropout and self.training):
+            return None
+        first, *rest = self.factors()
+        for factor in rest:
+            first = first @ factor
+        return first
 
     def fold(
         self, weight_oikk: Tensor, bias_o: Tensor, tap: tuple[int, int]

@@ -1,0 +1,412 @@
+"""mix: several domains behind one forward, over a batch whose rows belong to different domains.
+
+The shared layers run once over the whole batch; each row gets its own domain's corrections, norms
+and classifier by an index. Mixing is for inference: a snapshot, which keeps the domains' numbers in
+stacks and none of their modules. The law: a row's scores are those of its own domain's network.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MixError
+from ..tensorfile import fingerprint_of
+from .adapters import Full
+from .adapters.base import Correction
+from .adapters.series import norm_gain_and_shift
+from .attach import Adapted, delta, domain_of, own_size, unmark
+from .merge import difference
+from .rowwise import (
+    Affine,
+    Classifier,
+    Rows,
+    Rowwise,
+    RowwiseAffine,
+    RowwiseHead,
+    RowwiseModules,
+    RowwiseSite,
+)
+from .sites import Site, site_of
+from .trace import Size, rows_per_image
+from .tree import Frozen, copy_tree, is_norm, original_names, replace_modules
+
+
+def mix(models: Mapping[str, nn.Module], *, check: Tensor | None = None) -> "Mixed":
+    """One network for batches whose rows belong to different domains of one backbone.
+
+    Args:
+        models: name -> a domain's network; they are left as they were, and what is trained in them
+            later does not show in the mixture.
+        check: images (b, c, h, w) on which every domain's rows are compared with its own network,
+            if given.
+
+    Raises:
+        MixError: for domains that do not share a backbone, a family that does not share its
+            layers (`full`), and where `check` shows a difference beyond rounding.
+        AttachError: where a module is no domain's network.
+
+    >>> import onetrunk as ot
+    >>> net = nn.Sequential(
+    ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    ... )
+    >>> signs = ot.attach(net, ot.Parallel(), ["stop", "yield", "no entry"])
+    >>> mixed = mix({"flowers": ot.attach(net, ot.LowRank(2), ["daisy", "rose"]), "signs": signs})
+    >>> [len(scores) for scores in mixed(torch.rand(3, 3, 8, 8), ["signs", "flowers", "signs"])]
+    [3, 2, 3]
+    """
+    if not models:
+        raise MixError("mix({}): give at least one domain, e.g. mix({'flowers': flowers}).")
+    first = next(iter(models.values()))
+    mixed = Mixed(first, [_read(name, model, first) for name, model in models.items()])
+    if check is not None:
+        _refuse_difference(mixed, models, check)
+    return mixed
+
+
+@dataclass(frozen=True)
+class _Domain:
+    """What a mixture takes of one domain, by the place where it has it."""
+
+    name: str
+    classes: tuple[str, ...]
+    sites: Mapping[str, Correction | None]
+    norms: Mapping[str, Affine | nn.Module]
+    heads: Mapping[str, Classifier]
+
+
+class _Places(NamedTuple):
+    """Where domains differ: module paths."""
+
+    sites: tuple[str, ...]
+    norms: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+def _places(domains: Sequence[_Domain]) -> _Places:
+    sites = dict.fromkeys(path for domain in domains for path in domain.sites)
+    return _Places(tuple(sites), tuple(domains[0].norms), tuple(domains[0].heads))
+
+
+class Mixed(nn.Module):
+    """Several domains' networks as one; see `mix`. In eval mode always."""
+
+    def __init__(self, first: nn.Module, domains: Sequence[_Domain]) -> None:
+        super().__init__()
+        self._first, self._rows = (first,), Rows()  # a tuple: no submodule
+        self._classes = {domain.name: domain.classes for domain in domains}
+        self._places = _places(domains)
+        base = _base(first)
+        _refuse_rows_of_no_image(base, self._places, own_size(domain_of(first)))
+        self.network = _assembled(base, domains, self._places, self._rows)
+        super().train(False)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The names of the domains, in the order of the index."""
+        return tuple(self._classes)
+
+    def classes(self, name: str) -> tuple[str, ...]:
+        """The names of a domain's classes, in the order of its scores."""
+        return self._classes[self._known(name)]
+
+    def forward(self, images_bchw: Tensor, rows: Sequence[str] | Tensor) -> list[Tensor]:
+        """The scores of each image, (c,) with the classes of its own domain.
+
+        Args:
+            images_bchw: prepared as each row's own domain prepares them.
+            rows: the domain of each image, by name or by index (b,) into `domains`.
+
+        Raises:
+            MixError: for an unknown domain, an index out of range, no images, or another number of
+                rows than of images.
+        """
+        index_b = self.index(rows, images_bchw)
+        counts = [len(classes) for classes in self._classes.values()]
+        scores_bc = self._scores(images_bchw, index_b)
+        return [
+            scores_c[: counts[k]] for scores_c, k in zip(scores_bc, index_b.tolist(), strict=True)
+        ]
+
+    def padded(self, images_bchw: Tensor, index_b: Tensor) -> Tensor:
+        """The scores as one tensor (b, c_max): -inf behind the classes of a row's own domain.
+
+        For `torch.compile` and export: the index is an input like the images, so one graph serves
+        every mixture. An index out of range is an error of PyTorch's there.
+        """
+        if not torch.compiler.is_compiling():
+            index_b = self.index(index_b, images_bchw)
+        return self._scores(images_bchw, index_b)
+
+    def index(self, rows: Sequence[str] | Tensor, images_bchw: Tensor) -> Tensor:
+        """The index (b,) that `rows` means, on the device of the images."""
+        if isinstance(rows, str):
+            raise MixError(f"rows={rows!r}: give one domain for each image, e.g. [{rows!r}].")
+        if not isinstance(rows, Tensor):
+            places = {name: k for k, name in enumerate(self._classes)}
+            rows = torch.tensor([places[self._known(name)] for name in rows], dtype=torch.long)
+        n_images = len(images_bchw)
+        if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+            raise MixError(
+                f"rows is a tensor of shape {tuple(rows.shape)} and type {rows.dtype}: give whole "
+                "numbers (b,), places in `domains`, or names."
+            )
+        if len(rows) != n_images or not n_images:
+            raise MixError(
+                f"{n_images} images and {len(rows)} rows: give at least one image, and one domain "
+                "for each."
+            )
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= len(self._classes):
+            raise MixError(
+                f"row index {low if low < 0 else high}: this mixture has {len(self._classes)} "
+                f"domains, so give 0 to {len(self._classes) - 1}."
+            )
+        return rows.to(images_bchw.device, torch.long)
+
+    def with_domain(self, name: str, model: nn.Module) -> "Mixed":
+        """A mixture with one domain more; this one stays as it is and may be in use.
+
+        The others' numbers are copied as stacks; nothing of their networks is needed.
+
+        Raises:
+            MixError: where there is a domain of that name, and as `mix`.
+        """
+        if name in self._classes:
+            raise MixError(f"there is a domain {name!r} already: take it out with without().")
+        (first,) = self._first
+        return Mixed(first, [*self._read(), _read(name, model, first)])
+
+    def without(self, name: str) -> "Mixed":
+        """A mixture with one domain less; this one stays as it is and may be in use.
+
+        Raises:
+            MixError: for an unknown domain, and where it is the last one.
+        """
+        left = [domain for domain in self._read() if domain.name != self._known(name)]
+        if not left:
+            raise MixError(f"{name!r} is the only domain: a mixture has at least one.")
+        return Mixed(self._first[0], left)
+
+    def train(self, mode: bool = True) -> "Mixed":
+        """Refused: a mixture is a snapshot.
+
+        Raises:
+            MixError: where `mode` is true.
+        """
+        if mode:
+            raise MixError(
+                "a mixture is for inference: it holds the domains' numbers as they were. Train "
+                "domains with fit, then mix again."
+            )
+        return super().train(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Mixed":
+        """`.to()`, `.half()` ...: what a later domain goes into is moved along."""
+        moved = copy_tree(self._first[0])
+        moved._apply(fn)
+        self._first = (moved,)
+        return super()._apply(fn, recurse)
+
+    def _scores(self, images_bchw: Tensor, index_b: Tensor) -> Tensor:
+        with self._rows.of(index_b):
+            scores: Tensor = self.network(images_bchw)
+        return scores
+
+    def _known(self, name: str) -> str:
+        if name in self._classes:
+            return name
+        near = difflib.get_close_matches(str(name), self._classes, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        shown = ", ".join(list(self._classes)[:8])
+        more = f" and {len(self._classes) - 8} more" if len(self._classes) > 8 else ""
+        raise MixError(f"no domain {name!r} in this mixture of {shown}{more}.{hint}")
+
+    def _read(self) -> list[_Domain]:
+        """The domains as they went in, over views of the stacks."""
+        parts = {n: m.parts for n, m in self.network.named_modules() if isinstance(m, Rowwise)}
+        return [
+            _Domain(name, classes, *({n: parts[n][k] for n in names} for names in self._places))
+            for k, (name, classes) in enumerate(self._classes.items())
+        ]
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """An ordinary tree over a domain's tensors, no adapters: where the others' numbers go in."""
+    base = copy_tree(model).eval()
+    unmark(base)
+    for kind in (Adapted, Frozen):
+        wrapped = {n: m.layer for n, m in base.named_modules() if isinstance(m, kind)}
+        replace_modules(base, wrapped)
+    return base
+
+
+def _read(name: str, model: nn.Module, first: nn.Module) -> _Domain:
+    """What a mixture takes of a domain's network.
+
+    Raises:
+        MixError: where it has something of its own that rows of one batch cannot have.
+    """
+    domain = domain_of(model)
+    if domain.scope == "everything" or any(isinstance(f, Full) for f in domain.plan.values()):
+        raise MixError(
+            f"domain {name!r} has layers of its own ({domain.family}), so it shares no forward "
+            "with others. Leave it out and call it by itself, or merge it."
+        )
+    _refuse_other_backbone(name, model, first)
+    _refuse_other_kind(name, model, first)
+    base = _base(model)
+    sites, norms, heads = {}, {}, {}
+    for path, module in model.named_modules():
+        if isinstance(module, Adapted):
+            sites[path] = module.adapter.correction()
+    for path, module in base.named_modules():
+        if path in domain.head:
+            heads[path] = _classifier(name, path, module)
+        elif is_norm(module):
+            norms[path] = _norm_part(module)
+    _refuse_other_numbers(name, model, sites, norms, heads)
+    return _Domain(name, domain.classes, sites, norms, heads)
+
+
+def _refuse_other_backbone(name: str, model: nn.Module, first: nn.Module) -> None:
+    ours, theirs = domain_of(first).backbone, domain_of(model).backbone
+    if ours is theirs:
+        return
+    prints = [fingerprint_of(backbone.state_dict()) for backbone in (ours, theirs)]
+    if prints[0] != prints[1]:
+        raise MixError(
+            f"domain {name!r} is over backbone {prints[1][:12]}..., the others over "
+            f"{prints[0][:12]}...: there is no forward to share. Mix the domains of one backbone."
+        )
+
+
+def _refuse_other_kind(name: str, model: nn.Module, first: nn.Module) -> None:
+    ours, theirs = (next(m.parameters()) for m in (first, model))
+    if (ours.dtype, ours.device) != (theirs.dtype, theirs.device):
+        raise MixError(
+            f"domain {name!r} is {theirs.dtype} on {theirs.device}, the first one {ours.dtype} on "
+            f"{ours.device}: bring them to one type and device with .to() first."
+        )
+
+
+def _classifier(name: str, path: str, module: nn.Module) -> Classifier:
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        return Classifier(module.weight, module.bias)
+    raise MixError(
+        f"domain {name!r} has the classifier {type(module).__name__} at {path}: rows can have "
+        "linear layers and 1x1 convolutions of their own only. Call it by itself."
+    )
+
+
+def _refuse_other_numbers(name: str, model: nn.Module, *places: Mapping[str, Any]) -> None:
+    """Everything that is the domain's must be in its parts, or be as the backbone has it."""
+    theirs, original = domain_of(model).backbone.state_dict(), original_names(model)
+    taken = [path for group in places for path in group]
+    for key, tensor in delta(model).items():
+        inside = any(key == path or key.startswith(f"{path}.") for path in taken)
+        stays = original.get(key)
+        if inside or (stays in theirs and torch.equal(tensor, theirs[stays])):
+            continue
+        raise MixError(
+            f"domain {name!r} has {key} of its own, which rows of one batch cannot have. "
+            "Call it by itself."
+        )
+
+
+_LAST = ("LayerNorm", "RMSNorm", "RmsNorm")  # by class name: their channels are the last axis,
+_FIRST = ("GroupNorm", "GroupNorm1", "LayerNorm2d", "RmsNorm2d")  # or the one after the batch
+
+
+def _norm_part(norm: nn.Module) -> Affine | nn.Module:
+    """A norm's gain and shift; the norm itself where it is of a kind that is not known here."""
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
+        gain, shift = norm_gain_and_shift(norm, torch.empty(0, dtype=torch.float64))
+        like = norm.running_mean
+        return Affine(gain.detach().to(like), shift.detach().to(like))
+    if _axis(norm) is not None:
+        return Affine(norm._parameters.get("weight"), norm._parameters.get("bias"))
+    return norm
+
+
+def _axis(norm: nn.Module) -> int | None:
+    weight, kind = norm._parameters.get("weight"), type(norm).__name__
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return 1 if norm.running_mean is not None else None
+    if weight is None or weight.ndim != 1:
+        return None
+    return -1 if kind in _LAST else 1 if kind in _FIRST else None
+
+
+def _assembled(
+    base: nn.Module, domains: Sequence[_Domain], places: "_Places", rows: Rows
+) -> nn.Module:
+    """The base's tree with row-wise layers where the domains differ."""
+    network = copy_tree(base)
+    made: dict[str, nn.Module] = {}
+    for path in places.sites:
+        layer: Any = network.get_submodule(path)
+        site = site_of(path, layer)
+        assert isinstance(site, Site)  # a domain adapted it
+        made[path] = RowwiseSite(layer, site, [d.sites.get(path) for d in domains], rows)
+    for path in places.norms:
+        made[path] = _rowwise_norm(
+            network.get_submodule(path), [d.norms[path] for d in domains], rows
+        )
+    for path in places.heads:
+        made[path] = RowwiseHead([d.heads[path] for d in domains], rows)
+    replace_modules(network, made)
+    return network.requires_grad_(False)
+
+
+def _refuse_rows_of_no_image(base: nn.Module, places: "_Places", size: Size | None) -> None:
+    """A layer whose rows are not the batch's (a table of positions) is the same for every row."""
+    layers = {path for group in places for path in group}
+    for path, n_rows in rows_per_image(base, layers, size).items():
+        if not n_rows:
+            raise MixError(
+                f"{path} gets a number of rows that does not follow the batch, so no row there "
+                "belongs to an image, and domains that differ there cannot be mixed. Call them "
+                "one after another, or leave that layer out of their plans."
+            )
+
+
+def _rowwise_norm(norm: nn.Module, parts: Sequence[Affine | nn.Module], rows: Rows) -> nn.Module:
+    axis = _axis(norm)
+    affine = [part for part in parts if isinstance(part, Affine)]
+    if axis is None or len(affine) < len(parts):
+        return RowwiseModules([p for p in parts if isinstance(p, nn.Module)], rows)
+    batch = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    core, after = copy_tree(norm), nn.Sequential()
+    for part in ("drop", "act"):
+        module = getattr(norm, part, None)
+        if isinstance(module, nn.Module) and not isinstance(module, nn.Identity):
+            after.append(module)
+    core._parameters["weight"] = core._parameters["bias"] = None
+    return RowwiseAffine(None if batch else core, after, axis, affine, rows)
+
+
+def _refuse_difference(mixed: Mixed, models: Mapping[str, nn.Module], images_bchw: Tensor) -> None:
+    for k, (name, model) in enumerate(models.items()):
+        index_b = torch.full((len(images_bchw),), k)
+        found = difference(model, _Row(mixed, index_b, len(mixed.classes(name))), images_bchw)
+        if not found["difference"] <= found["limit"]:
+            raise MixError(
+                f"mixing changes the scores of {name!r} by {found['difference']:.1e} of the "
+                f"largest, where {found['limit']:.1e} is the limit (rounding noise "
+                f"{found['noise']:.1e}). Call the domains one after another."
+            )
+
+
+class _Row(nn.Module):
+    """A mixture whose rows all belong to one domain."""
+
+    def __init__(self, mixed: Mixed, index_b: Tensor, n_classes: int) -> None:
+        super().__init__()
+        self.mixed, self.index_b, self.n_classes = mixed, index_b, n_classes
+
+    def forward(self, images_bchw: Tensor) -> Tensor:
+        return self.mixed.padded(images_bchw, self.index_b)[:, : self.n_classes]

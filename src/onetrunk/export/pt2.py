@@ -1,0 +1,40 @@
+"""pt2: torch.export's format, a zip of weights and graph that torch.export.load reads.
+
+`torch.export.load(FILE).module()(images)` runs it; class names and preprocessing are extra files of
+the archive. Its tensors are raw bytes and nothing in it is pickled.
+"""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..core.merge import merge
+from .base import Exported, Format, export_checked, for_export, metadata
+from .program import traced
+
+
+def export_pt2(model: nn.Module, out: Path, images_bchw: Tensor) -> Exported:
+    """Writes the merged network as a torch.export program for any number of images."""
+    merged, example = for_export(model, merge(model), images_bchw)
+    texts = metadata(model)
+
+    def write(path: Path) -> None:
+        program = traced(merged, (example,))
+        program.example_inputs = None  # torch would pickle them
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer, extra_files=dict(texts))
+        path.write_bytes(buffer.getvalue())
+
+    return export_checked(model, merged, out, "pt2", images_bchw, write, _read)
+
+
+def _read(path: Path) -> Callable[[Tensor], Tensor]:
+    network = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    return lambda x_bchw: network(x_bchw.cpu()).to(x_bchw.device)
+
+
+FORMAT = Format("pt2", export_pt2)
+"""One program."""
