@@ -1,8 +1,8 @@
 """Training on cached features: how long it takes, and what few views cost in accuracy.
 
-    python benchmarks/cached.py time [ROUNDS]           about 5 minutes a round on one core
-    python benchmarks/cached.py accuracy DATA DOMAIN..  about 6 minutes a domain
-    python benchmarks/cached.py memory                  about 3 minutes, 3 GB
+    python benchmarks/cached_features.py time [ROUNDS]           about 5 minutes a round on one core
+    python benchmarks/cached_features.py accuracy DATA DOMAIN..  about 6 minutes a domain
+    python benchmarks/cached_features.py memory                  about 3 minutes, 3 GB
 
 `time` trains ResNet-26 at width 1.0 on 100 images of 64 pixels for 20 epochs, features included, in
 rounds that go through every method; the figures are medians of CPU seconds, as shares of
