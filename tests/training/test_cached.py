@@ -292,8 +292,9 @@ def test_a_stale_cut_or_foreign_file_is_computed_again(
     file = one_file(make_late, make_images, tmp_path)
     good = file.read_bytes()
     file.write_bytes(damage(good))
-    with pytest.warns(UserWarning, match=f"{says}.*, so they are computed again"):
+    with pytest.warns(UserWarning, match=f"{says}.*, so they are computed again") as told:
         cached(make_late(), make_images(), SHORT, folder=tmp_path, device="cpu")
+    assert told[0].filename == __file__
     assert file.read_bytes() == good
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.attach import domain_of, trains_basis
 from ..errors import TrainingError
 from ..tensorfile import fingerprint_of
-from .cut import Cut, cut_off, features, trunk_tensors
+from .cut import Cut, cut_off, features
 from .examples import Examples, Progress, examples_of
 from .featurefile import FeatureFile, digest_of, n_bytes
 from .fit import best_device
@@ -154,7 +154,8 @@ def cached(
     few = torch.arange(N_PROVED_ON) % len(examples)
     x_bchw = examples.training_views(few, recipe.seed, 0, recipe.crop_scale)
     cut, tail = cut_off(model, _moved(model, x_bchw))
-    trunk = _Trunk(model, cut, fingerprint_of(trunk_tensors(model, tail)), recipe)
+    state = model.state_dict()
+    trunk = _Trunk(model, cut, fingerprint_of({name: state[name] for name in cut.trunk}), recipe)
     total = len(examples) * max(1, views) + (0 if val_examples is None else len(val_examples))
     place = None if folder is None else Path(folder)
     store = _Store(place, memory_limit_bytes, total, progress)
