@@ -213,15 +213,16 @@ def test_other_adapters_over_the_same_trunk_share_it(
     assert counted == [24] and len(files(tmp_path)) == 1
 
 
-def repainted(images: Images) -> Images:
-    """One pixel of one image in the middle has another colour."""
+def repainted(images: Images, row: int) -> Images:
+    """One pixel of one image has another colour."""
     arrays = [np.array(images[index][0]) for index in range(len(images))]
-    arrays[13][9, 9, 0] ^= 128
+    arrays[13][row, 9, 0] ^= 128
     return Images.from_arrays(arrays, images.labels, images.classes)
 
 
 CHANGES: dict[str, Callable[..., dict[str, Any]]] = {
-    "another pixel": lambda images: {"data": repainted(images())},
+    "another pixel": lambda images: {"data": repainted(images(), row=9)},
+    "another pixel at the rim": lambda images: {"data": repainted(images(), row=0)},
     "other images": lambda images: {"data": images(seed=1)},
     "fewer images": lambda images: {"data": images(23)},
     "other views": lambda images: {"views": 2},

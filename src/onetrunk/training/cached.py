@@ -18,7 +18,7 @@ from ..core.attach import domain_of, trains_basis
 from ..errors import TrainingError
 from ..tensorfile import fingerprint_of
 from .cut import Cut, cut_off, features
-from .examples import Examples, Progress, examples_of
+from .examples import Examples, ImageExamples, Progress, examples_of
 from .featurefile import FeatureFile, digest_of, n_bytes
 from .fit import best_device
 from .recipe import Recipe
@@ -106,7 +106,7 @@ def cached(
 
     To train the tail is to train `model`, which is left in eval mode: they have the same
     parameters. The tail is proved on a few images to compute what the network does, bit for bit on
-    the CPU.
+    the CPU. Features are computed in the network's own type, whatever the recipe's precision.
 
     Args:
         train, val: as for `fit`.
@@ -285,8 +285,12 @@ class _Store:
 
 
 def _digest_of(examples: Examples) -> str:
-    """SHA-256 over every label and every image as it is seen in evaluation."""
+    """SHA-256 over every label and every image: whole, or as a user's dataset gives it."""
     digest = hashlib.sha256(fingerprint_of({"labels": examples.labels}).encode())
     for indices in torch.arange(len(examples)).split(BATCH_SIZE):
-        digest.update(fingerprint_of({"views": examples.views(indices)}).encode())
+        if isinstance(examples, ImageExamples):
+            x_bchw = examples.prepared.batch(indices)[0]  # a view leaves the image's rim out
+        else:
+            x_bchw = examples.views(indices)
+        digest.update(fingerprint_of({"images": x_bchw}).encode())
     return digest.hexdigest()
