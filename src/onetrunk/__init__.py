@@ -36,6 +36,8 @@ _WHERE = {
     "Head": "core.adapters",
     "read_family": "core.adapters",
     "fit": "training.fit",
+    "cached": "training.cached",
+    "recomputed": "training.recomputed",
     "Recipe": "training.recipe",
     "PAPER": "training.recipe",
     "RELEASED": "training.recipe",
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
     from .core.mix import mix as mix
     from .core.plan import Where as Where
     from .errors import OnetrunkError as OnetrunkError
+    from .training.cached import cached as cached
     from .training.evaluate import evaluate as evaluate
     from .training.fit import fit as fit
     from .training.predict import predict as predict
@@ -86,3 +89,4 @@ if TYPE_CHECKING:
     from .training.recipe import RELEASED as RELEASED
     from .training.recipe import Recipe as Recipe
     from .training.recipe import read_recipe as read_recipe
+    from .training.recomputed import recomputed as recomputed

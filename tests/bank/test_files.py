@@ -16,6 +16,7 @@ from onetrunk.files import (
     read_checked,
     reason,
     write_atomically,
+    write_parts_atomically,
 )
 
 
@@ -70,6 +71,23 @@ def test_what_is_written_is_read_back(tmp_path, data):
 def test_short_writes_and_short_reads_are_completed(tmp_path):
     write_atomically(tmp_path / "file", b"one byte at a time", disk=OneByteDisk())
     assert read_checked(tmp_path / "file", disk=OneByteDisk()) == b"one byte at a time"
+
+
+@pytest.mark.parametrize("parts", [[], [b"one"], [b"one", b"", b"two", bytes(100)]])
+def test_parts_are_written_one_after_another(tmp_path, parts):
+    write_parts_atomically(tmp_path / "file", iter(parts), disk=OneByteDisk())
+    assert read_checked(tmp_path / "file") == b"".join(parts)
+
+
+def test_parts_that_fail_leave_the_old_file_and_no_temporary_one(tmp_path):
+    def parts():
+        yield b"new"
+        raise KeyboardInterrupt
+
+    write_atomically(tmp_path / "file", b"old")
+    with pytest.raises(KeyboardInterrupt):
+        write_parts_atomically(tmp_path / "file", parts())
+    assert [(x.name, x.read_bytes()) for x in tmp_path.iterdir()] == [("file", b"old")]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o644)])

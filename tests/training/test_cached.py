@@ -121,7 +121,7 @@ def test_the_trunk_runs_once_for_every_view(make_late: Make, make_images: Make) 
     made = cached(model, make_images(), SHORT, views=2, val=make_images(12), device="cpu")
     model.get_submodule("0").register_forward_hook(lambda _m, args, _y: seen.append(len(args[0])))
     train(made.model, made.train, val=made.val)
-    assert seen == [] and made.at == "6"
+    assert seen == [] and made.cut.at == "6"
     assert made.train.stored.shape[:2] == (2, 24) and made.val.stored.shape[:2] == (1, 12)
 
 
@@ -213,15 +213,16 @@ def test_other_adapters_over_the_same_trunk_share_it(
     assert counted == [24] and len(files(tmp_path)) == 1
 
 
-def repainted(images: Images) -> Images:
-    """One pixel of one image in the middle has another colour."""
+def repainted(images: Images, row: int) -> Images:
+    """One pixel of one image has another colour."""
     arrays = [np.array(images[index][0]) for index in range(len(images))]
-    arrays[13][9, 9, 0] ^= 128
+    arrays[13][row, 9, 0] ^= 128
     return Images.from_arrays(arrays, images.labels, images.classes)
 
 
 CHANGES: dict[str, Callable[..., dict[str, Any]]] = {
-    "another pixel": lambda images: {"data": repainted(images())},
+    "another pixel": lambda images: {"data": repainted(images(), row=9)},
+    "another pixel at the rim": lambda images: {"data": repainted(images(), row=0)},
     "other images": lambda images: {"data": images(seed=1)},
     "fewer images": lambda images: {"data": images(23)},
     "other views": lambda images: {"views": 2},
@@ -292,8 +293,9 @@ def test_a_stale_cut_or_foreign_file_is_computed_again(
     file = one_file(make_late, make_images, tmp_path)
     good = file.read_bytes()
     file.write_bytes(damage(good))
-    with pytest.warns(UserWarning, match=f"{says}.*, so they are computed again"):
+    with pytest.warns(UserWarning, match=f"{says}.*, so they are computed again") as told:
         cached(make_late(), make_images(), SHORT, folder=tmp_path, device="cpu")
+    assert told[0].filename == __file__
     assert file.read_bytes() == good
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import onetrunk as ot
 from onetrunk.backbones import resnet26
 from onetrunk.core.attach import delta
+from onetrunk.core.trace import trace
 from onetrunk.core.tree import recast, rewired
 from onetrunk.errors import TrainingError
-from onetrunk.training.cut import cut_off, features, trunk_tensors
+from onetrunk.training.cut import cut_off, features
 
 LATE = ot.Where(stages="late")
 REAL: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -120,18 +121,35 @@ def test_to_train_the_tail_is_to_train_the_network(name: str) -> None:
 
 def test_the_tail_holds_nothing_of_the_trunk() -> None:
     model = late(resnet26(0.25))
-    _, tail = cut_off(model, images(3))
-    names = set(tail.state_dict())
+    cut, tail = cut_off(model, images(3))
+    names, trunk = set(tail.state_dict()), set(cut.trunk)
     assert not any(name.startswith(("stem", "stages.0", "stages.1")) for name in names)
-    trunk = trunk_tensors(model, tail)
-    assert trunk.keys() | names == set(model.state_dict()) and not trunk.keys() & names
+    assert trunk | names == set(model.state_dict()) and not trunk & names
 
 
 def test_parameters_of_a_module_on_the_way_count_as_the_trunks() -> None:
     model = late(timm.create_model("vit_tiny_patch16_224", img_size=64))
-    _, tail = cut_off(model, images(3))
-    assert {"pos_embed", "cls_token"} < trunk_tensors(model, tail).keys()
-    assert not any(name.startswith("blocks.9") for name in trunk_tensors(model, tail))
+    cut, _ = cut_off(model, images(3))
+    assert {"pos_embed", "cls_token"} < set(cut.trunk)
+    assert not any(name.startswith(("blocks.8", "blocks.9")) for name in cut.trunk)
+
+
+def test_a_module_that_no_stub_can_stand_for_counts_as_the_trunks() -> None:
+    class Pair(nn.Conv2d):
+        def forward(self, x_bihw: Tensor) -> Any:
+            return super().forward(x_bihw), None
+
+    class Pairs(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = Pair(3, 4, 3, 2, 1)
+
+        def between(self, x_bihw: Any) -> Tensor:
+            return self.norm(x_bihw[0])
+
+    cut, tail = cut_off(placed(Pairs()), images(3, 8))
+    assert cut.at == "last" and {"first.weight", "first.bias"} <= set(cut.trunk)
+    assert isinstance(tail.first, Pair)  # it runs, on blanks
 
 
 def test_a_head_alone_is_cut_before_the_head() -> None:
@@ -238,13 +256,30 @@ def test_a_network_that_learns_from_its_first_layer_on_has_no_trunk() -> None:
         cut_off(placed(Small(), "first"), images(3, 8))
 
 
-def test_norms_of_its_own_are_named() -> None:
+def test_a_trunk_that_would_save_next_to_nothing_is_refused() -> None:
+    model = ot.attach(resnet26(0.25), None, ["a", "b"], where=LATE, input_size=(3, 64, 64))
+    with pytest.raises(
+        TrainingError, match=r"stem_norm learns .*, and only 1\.\d% of the multiply"
+    ):
+        cut_off(model, images(3))
+
+
+def test_a_cut_says_what_it_saves() -> None:
+    net = resnet26(0.25)
+    cut, _ = cut_off(late(net), images(3))
+    traced = trace(net)
+    every = sum(site.multiply_adds for site in traced.sites) + 64 * 1000
+    late_ones = sum(site.multiply_adds for site in traced.sites if site.stage == "late")
+    assert cut.share == pytest.approx(1 - late_ones / every, abs=0.01)
+
+
+def test_norms_of_its_own_end_the_trunk() -> None:
     model = ot.attach(
         Small(), ot.Channelwise(), ["a", "b"], where=ot.Where(pattern="last"),
         input_size=(3, 8, 8), head="fc",
     )  # fmt: skip
     cut, _ = cut_off(model, images(3, 8))
-    assert cut.at == "norm"  # its norms are all its own, so it ends where the first of them is
+    assert cut.at == "norm"
 
 
 def test_a_network_that_runs_only_on_images_is_refused() -> None:

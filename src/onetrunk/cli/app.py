@@ -193,6 +193,9 @@ def train(
     convs: Annotated[str, typer.Option(help="both, first or second of a block.")] = "both",
     layers: Layers = "auto",
     pattern: Pattern = "*",
+    norms: Annotated[
+        str, typer.Option(help="all are the domain's, or placed: from the first adapter on.")
+    ] = "all",
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -214,6 +217,21 @@ def train(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Compare with a linear probe.")
     ] = True,
+    cache: Annotated[
+        int | None,
+        typer.Option(
+            metavar="VIEWS",
+            min=0,
+            help="Run what is frozen once for so many augmented views an image (0: none is "
+            "augmented), with --stages late --norms placed.",
+        ),
+    ] = None,
+    cache_folder: Annotated[
+        Path | None, typer.Option(help="Keep the cached features there, not in memory.")
+    ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Less memory: compute activations twice.")
+    ] = False,
     resume: Resume = False,
     replace: Replace = False,
     device: Device = None,
@@ -226,6 +244,8 @@ def train(
     from ..data import load
     from .training import Request, train_domain
 
+    if cache_folder is not None and cache is None:
+        raise typer.BadParameter("it is for --cache VIEWS", param_hint="--cache-folder")
     screen = Screen(as_json)
     opened = _open_for(bank, domain, replace)
     request = Request(
@@ -234,11 +254,15 @@ def train(
         source=data,
         family=_family(opened, adapter, plan, plan_of),
         where=_where(stages, convs, layers, pattern),
+        norms=norms,  # type: ignore[arg-type]
         recipe=_recipe(recipe, epochs, seed),
         size_px=size_px,
         hflip=flip,
         squash=squash,
         probe=probe,
+        cache=cache,
+        cache_folder=cache_folder,
+        recompute=recompute,
         resume=resume,
         replace=replace,
         device=device,

@@ -12,15 +12,17 @@ from torch import nn
 from ..bank.bank import Bank
 from ..bank.folder import UNFINISHED
 from ..core.adapters import Family
-from ..core.attach import attach, domain_of
+from ..core.attach import Norms, attach, domain_of
 from ..core.cost import Cost, cost
 from ..core.plan import Plan, Where
 from ..data import Prepared, Preprocessing, Splits
 from ..errors import DataError
+from ..training.cached import cached
 from ..training.evaluate import Evaluation, evaluate
 from ..training.fit import fit, held_norms
 from ..training.probe import linear_probe, start_from_probe
 from ..training.recipe import Recipe
+from ..training.recomputed import recomputed
 from ..training.size import sensible_size
 from .console import Screen, followed, percent, size
 
@@ -34,11 +36,15 @@ class Request:
     source: str
     family: Family | Plan | None = None
     where: Where | None = None
+    norms: Norms = "all"
     recipe: Recipe = field(default_factory=Recipe)
     size_px: int | None = None
     hflip: bool | None = None
     squash: bool = False
     probe: bool = True
+    cache: int | None = None  # views an image of cached features; None: no cache
+    cache_folder: Path | None = None
+    recompute: bool = False
     resume: bool = False
     replace: bool = False
     device: str | None = None
@@ -119,7 +125,7 @@ def train_ready(
         OnetrunkError: of the room that refuses; the bank is then as it was.
     """
     data = ready.parts
-    model = attached(bank.backbone, request.family, ready, request.where)
+    model = attached(bank.backbone, request.family, ready, request.where, request.norms)
     _say_family(model, request, screen)
     scored_on = "test" if data["test"] is not None else "val"
     if request.probe and probed is None:
@@ -187,13 +193,19 @@ def _say_family(model: nn.Module, request: Request, screen: Screen) -> None:
     px = domain.preprocessing.size_px if domain.preprocessing else 0
     flips = "" if domain.preprocessing and domain.preprocessing.hflip else ", no flips"
     screen.say(f"  {domain.family}{chosen} at {len(domain.plan)} sites; {px} px{flips}")
+    if domain.held:
+        screen.say(f"  {len(domain.held)} norms stay the backbone's, up to {domain.held[-1]}")
     if domain.skipped:
         name, reason = next(iter(domain.skipped.items()))
         screen.say(f"  {len(domain.skipped)} layers without adapter, e.g. {name}: {reason}")
 
 
 def attached(
-    backbone: nn.Module, family: Family | Plan | None, ready: Ready, where: Where | None = None
+    backbone: nn.Module,
+    family: Family | Plan | None,
+    ready: Ready,
+    where: Where | None = None,
+    norms: Norms = "all",
 ) -> nn.Module:
     """A fresh domain for these images."""
     seen = ready.preprocessing
@@ -204,6 +216,7 @@ def attached(
         where=where,
         preprocessing=seen,
         input_size=(seen.channels, seen.size_px, seen.size_px),
+        norms=norms,
     )
 
 
@@ -224,7 +237,7 @@ def probe(backbone: nn.Module, ready: Ready, device: str | None, screen: Screen)
 def _fit(
     bank: Bank,
     model: nn.Module,
-    data: dict[str, Prepared | None],
+    data: Mapping[str, Any],
     request: Request,
     screen: Screen,
 ) -> None:
@@ -233,12 +246,27 @@ def _fit(
         checkpoint.unlink()
     elif request.resume and not checkpoint.exists():
         screen.say("  nothing to resume: starting from the beginning")
+    train, val = data["train"], data["val"]
+    if request.cache is not None:
+        with screen.bar("computing features") as show:
+            made = cached(
+                model,
+                train,
+                request.recipe,
+                val=val,
+                views=request.cache,
+                folder=request.cache_folder,
+                device=request.device,
+                progress=show,
+            )
+        screen.say(f"  {percent(made.cut.share)} of the network runs once, up to {made.cut.at}")
+        model, train, val = made.model, made.train, made.val
     with screen.bar(f"training {request.domain}") as show:
         steps = fit(
-            model,
-            data["train"],
+            recomputed(model) if request.recompute else model,
+            train,
             request.recipe,
-            val=data["val"],
+            val=val,
             checkpoint=checkpoint,
             device=request.device,
         )

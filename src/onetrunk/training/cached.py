@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..core.attach import domain_of, trains_basis
 from ..errors import TrainingError
 from ..tensorfile import fingerprint_of
-from .cut import Cut, cut_off, features, trunk_tensors
-from .examples import Examples, Progress, examples_of
+from .cut import Cut, cut_off, features
+from .examples import Examples, ImageExamples, Progress, examples_of
 from .featurefile import FeatureFile, digest_of, n_bytes
 from .fit import best_device
 from .recipe import Recipe
@@ -81,13 +81,13 @@ class Cached:
     Args:
         model: the tail of the network; its parameters and statistics are the network's own.
         train, val: features.
-        at: the module that the features go into.
+        cut: where they come from.
     """
 
     model: nn.Module
     train: Features
     val: Features | None
-    at: str
+    cut: Cut
 
 
 def cached(
@@ -106,7 +106,7 @@ def cached(
 
     To train the tail is to train `model`, which is left in eval mode: they have the same
     parameters. The tail is proved on a few images to compute what the network does, bit for bit on
-    the CPU.
+    the CPU. Features are computed in the network's own type, whatever the recipe's precision.
 
     Args:
         train, val: as for `fit`.
@@ -137,7 +137,7 @@ def cached(
     >>> images = TensorDataset(torch.rand(8, 3, 8, 8), torch.tensor([0, 1] * 4))
     >>> short = Recipe(epochs=2, batch_size=4)
     >>> made = cached(model, images, short, device="cpu")
-    >>> made.at, [step.epoch for step in fit(made.model, made.train, short, device="cpu")]
+    >>> made.cut.at, [step.epoch for step in fit(made.model, made.train, short, device="cpu")]
     ('3', [1, 1, 2, 2])
     """
     recipe = recipe or Recipe()
@@ -154,7 +154,8 @@ def cached(
     few = torch.arange(N_PROVED_ON) % len(examples)
     x_bchw = examples.training_views(few, recipe.seed, 0, recipe.crop_scale)
     cut, tail = cut_off(model, _moved(model, x_bchw))
-    trunk = _Trunk(model, cut, fingerprint_of(trunk_tensors(model, tail)), recipe)
+    state = model.state_dict()
+    trunk = _Trunk(model, cut, fingerprint_of({name: state[name] for name in cut.trunk}), recipe)
     total = len(examples) * max(1, views) + (0 if val_examples is None else len(val_examples))
     place = None if folder is None else Path(folder)
     store = _Store(place, memory_limit_bytes, total, progress)
@@ -163,7 +164,7 @@ def cached(
         val_features = None if val_examples is None else store.features(trunk, val_examples, None)
     finally:
         model.eval()  # as `fit` will leave what the tail has of it
-    return Cached(tail, train_features, val_features, cut.at)
+    return Cached(tail, train_features, val_features, cut)
 
 
 def _moved(model: nn.Module, x_bchw: Tensor) -> Tensor:
@@ -284,8 +285,12 @@ class _Store:
 
 
 def _digest_of(examples: Examples) -> str:
-    """SHA-256 over every label and every image as it is seen in evaluation."""
+    """SHA-256 over every label and every image: whole, or as a user's dataset gives it."""
     digest = hashlib.sha256(fingerprint_of({"labels": examples.labels}).encode())
     for indices in torch.arange(len(examples)).split(BATCH_SIZE):
-        digest.update(fingerprint_of({"views": examples.views(indices)}).encode())
+        if isinstance(examples, ImageExamples):
+            x_bchw = examples.prepared.batch(indices)[0]  # a view leaves the image's rim out
+        else:
+            x_bchw = examples.views(indices)
+        digest.update(fingerprint_of({"images": x_bchw}).encode())
     return digest.hexdigest()

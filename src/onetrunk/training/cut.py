@@ -21,6 +21,7 @@ from ..errors import TrainingError
 from .randomness import own_draws, reseed
 
 CLOSE = 1e-3  # of the largest number: for batches of other sizes, and on GPUs, which round freely
+LEAST_SHARE = 0.1  # of the multiply-adds: below, features take memory and hardly save time
 N_OBSERVED = 2  # images of the run that is observed; the proof takes one more, so shapes must scale
 
 
@@ -34,6 +35,8 @@ class Cut:
         order: the features' axes from the outermost in memory to the innermost; batches first.
         dtype: the features' type.
         image: channels, rows, columns of the images that the network takes.
+        share: of the network's multiply-adds, those below the cut.
+        trunk: the names in `state_dict()` of all that the features follow from.
     """
 
     at: str
@@ -41,6 +44,8 @@ class Cut:
     order: tuple[int, ...]
     dtype: torch.dtype
     image: tuple[int, ...]
+    share: float
+    trunk: tuple[str, ...]
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -95,7 +100,11 @@ def cut_off(model: nn.Module, x_bchw: Tensor) -> tuple[Cut, nn.Module]:
             stubs = _stubs(model, calls, calls[module][0].began)
             if not stubs:
                 break
-            cut = _cut_at(model, module, calls[module][0], x_bchw)
+            share = _share_below(calls, calls[module][0].began)
+            if share < LEAST_SHARE:
+                reason = f"only {share:.1%} of the multiply-adds are before it"
+                break
+            cut = _cut_at(model, module, calls, tuple(x_bchw.shape[1:]), share)
             tail = _tail(model, cut, stubs)
             found = _difference(model, tail, cut, x_bchw)
             if found is None:
@@ -122,16 +131,6 @@ def features(model: nn.Module, cut: Cut, x_bchw: Tensor) -> Tensor:
         except _Reached as reached:
             return reached.z
     raise TrainingError(f"the network did not come to {cut.at}, where it was cut for features.")
-
-
-def trunk_tensors(model: nn.Module, tail: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a tail lacks or has beside its stubs: all that features depend on."""
-    inside = dict(tail.named_modules())
-    return {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if inside.get(owner := name.rpartition(".")[0]) is not model.get_submodule(owner)
-    }
 
 
 class _Reached(Exception):
@@ -245,12 +244,36 @@ def _takes_features(call: _Call) -> bool:
     return z.ndim > 1 and len(z) == N_OBSERVED and z.is_floating_point() and not z.requires_grad
 
 
-def _cut_at(model: nn.Module, module: nn.Module, call: _Call, x_bchw: Tensor) -> Cut:
+def _share_below(calls: dict[nn.Module, list[_Call]], began: int) -> float:
+    below = everything = 0.0
+    for module, made in calls.items():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            n_out = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            for call in made:
+                y = _first_tensor(call.y if isinstance(call.y, (tuple, list)) else (call.y,))
+                multiply_adds = 0.0 if y is None else y.numel() / n_out * module.weight.numel()
+                everything += multiply_adds
+                below += multiply_adds if call.ended < began else 0
+    return below / max(everything, 1)
+
+
+def _cut_at(
+    model: nn.Module,
+    module: nn.Module,
+    calls: dict[nn.Module, list[_Call]],
+    image: tuple[int, ...],
+    share: float,
+) -> Cut:
+    (call,) = calls[module]
     z: Tensor = call.args[0]
     strides = z.stride()
     order = (0, *sorted(range(1, z.ndim), key=lambda axis: -strides[axis]))
-    image = tuple(x_bchw.shape[1:])
-    return Cut(_name_of(model, module), tuple(z.shape[1:]), order, z.dtype, image)
+    # a module that is never called may be looked into by one that is
+    below = {m for m, made in calls.items() if not made or made[0].began < call.began}
+    trunk = tuple(
+        name for name in model.state_dict() if model.get_submodule(name.rpartition(".")[0]) in below
+    )
+    return Cut(_name_of(model, module), tuple(z.shape[1:]), order, z.dtype, image, share, trunk)
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

@@ -88,7 +88,7 @@ class FeatureFile:
         if (wrong := self._wrong_with(mapped, head)) is not None:
             warnings.warn(
                 f"{self.path}: these cached features {wrong}, so they are computed again.",
-                stacklevel=4,  # the caller of cached
+                stacklevel=5,  # the caller of cached
             )
             return None
         inside = torch.from_numpy(mapped[len(head) : -N_HASH])
