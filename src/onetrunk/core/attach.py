@@ -107,7 +107,10 @@ class Adapted(nn.Module):
 
     def plain(self, x: Tensor) -> Tensor:
         """The layer and the adapter beside it: what the fused step must equal."""
-        y = self.layer(x)
+        return self.beside(x, self.layer(x))
+
+    def beside(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the adapter makes of the layer's input and output."""
         if not self.adapter.reads_input:
             return _laid_out_as(y, self.adapter(y, y))
         x = x if self.tap is None else self.tap.pick(x, y.shape[-2:])

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MixError
-from ..tensorfile import fingerprint_of
-from .adapters import Full
 from .adapters.base import Correction
 from .adapters.series import norm_gain_and_shift
-from .attach import Adapted, delta, domain_of, own_size, unmark
+from .attach import Adapted, domain_of, own_size
 from .merge import difference
+from .mixable import base_tree, check_own, check_rows, check_shares
 from .rowwise import (
     Affine,
     Classifier,
@@ -31,8 +30,7 @@ from .rowwise import (
     RowwiseSite,
 )
 from .sites import Site, site_of
-from .trace import Size, rows_per_image
-from .tree import Frozen, copy_tree, is_norm, original_names, replace_modules
+from .tree import copy_tree, is_norm, replace_modules
 
 
 def mix(models: Mapping[str, nn.Module], *, check: Tensor | None = None) -> "Mixed":
@@ -99,8 +97,9 @@ class Mixed(nn.Module):
         self._first, self._rows = (first,), Rows()  # a tuple: no submodule
         self._classes = {domain.name: domain.classes for domain in domains}
         self._places = _places(domains)
-        base = _base(first)
-        _refuse_rows_of_no_image(base, self._places, own_size(domain_of(first)))
+        base = base_tree(first)
+        layers = {path for group in self._places for path in group}
+        check_rows(base, layers, own_size(domain_of(first)))
         self.network = _assembled(base, domains, self._places, self._rows)
         super().train(False)
 
@@ -200,7 +199,7 @@ class Mixed(nn.Module):
         if mode:
             raise MixError(
                 "a mixture is for inference: it holds the domains' numbers as they were. Train "
-                "domains with fit, then mix again."
+                "domains with fit or fit_together, then mix again."
             )
         return super().train(False)
 
@@ -234,31 +233,11 @@ class Mixed(nn.Module):
         ]
 
 
-def _base(model: nn.Module) -> nn.Module:
-    """An ordinary tree over a domain's tensors, no adapters: where the others' numbers go in."""
-    base = copy_tree(model).eval()
-    unmark(base)
-    for kind in (Adapted, Frozen):
-        wrapped = {n: m.layer for n, m in base.named_modules() if isinstance(m, kind)}
-        replace_modules(base, wrapped)
-    return base
-
-
 def _read(name: str, model: nn.Module, first: nn.Module) -> _Domain:
-    """What a mixture takes of a domain's network.
-
-    Raises:
-        MixError: where it has something of its own that rows of one batch cannot have.
-    """
+    """What a mixture takes of a domain's network."""
     domain = domain_of(model)
-    if domain.scope == "everything" or any(isinstance(f, Full) for f in domain.plan.values()):
-        raise MixError(
-            f"domain {name!r} has layers of its own ({domain.family}), so it shares no forward "
-            "with others. Leave it out and call it by itself, or merge it."
-        )
-    _refuse_other_backbone(name, model, first)
-    _refuse_other_kind(name, model, first)
-    base = _base(model)
+    check_shares(name, model, first)
+    base = base_tree(model)
     sites, norms, heads = {}, {}, {}
     for path, module in model.named_modules():
         if isinstance(module, Adapted):
@@ -268,29 +247,8 @@ def _read(name: str, model: nn.Module, first: nn.Module) -> _Domain:
             heads[path] = _classifier(name, path, module)
         elif is_norm(module):
             norms[path] = _norm_part(module)
-    _refuse_other_numbers(name, model, sites, norms, heads)
+    check_own(name, model, {*sites, *norms, *heads})
     return _Domain(name, domain.classes, sites, norms, heads)
-
-
-def _refuse_other_backbone(name: str, model: nn.Module, first: nn.Module) -> None:
-    ours, theirs = domain_of(first).backbone, domain_of(model).backbone
-    if ours is theirs:
-        return
-    prints = [fingerprint_of(backbone.state_dict()) for backbone in (ours, theirs)]
-    if prints[0] != prints[1]:
-        raise MixError(
-            f"domain {name!r} is over backbone {prints[1][:12]}..., the others over "
-            f"{prints[0][:12]}...: there is no forward to share. Mix the domains of one backbone."
-        )
-
-
-def _refuse_other_kind(name: str, model: nn.Module, first: nn.Module) -> None:
-    ours, theirs = (next(m.parameters()) for m in (first, model))
-    if (ours.dtype, ours.device) != (theirs.dtype, theirs.device):
-        raise MixError(
-            f"domain {name!r} is {theirs.dtype} on {theirs.device}, the first one {ours.dtype} on "
-            f"{ours.device}: bring them to one type and device with .to() first."
-        )
 
 
 def _classifier(name: str, path: str, module: nn.Module) -> Classifier:
@@ -300,21 +258,6 @@ def _classifier(name: str, path: str, module: nn.Module) -> Classifier:
         f"domain {name!r} has the classifier {type(module).__name__} at {path}: rows can have "
         "linear layers and 1x1 convolutions of their own only. Call it by itself."
     )
-
-
-def _refuse_other_numbers(name: str, model: nn.Module, *places: Mapping[str, Any]) -> None:
-    """Everything that is the domain's must be in its parts, or be as the backbone has it."""
-    theirs, original = domain_of(model).backbone.state_dict(), original_names(model)
-    taken = [path for group in places for path in group]
-    for key, tensor in delta(model).items():
-        inside = any(key == path or key.startswith(f"{path}.") for path in taken)
-        stays = original.get(key)
-        if inside or (stays in theirs and torch.equal(tensor, theirs[stays])):
-            continue
-        raise MixError(
-            f"domain {name!r} has {key} of its own, which rows of one batch cannot have. "
-            "Call it by itself."
-        )
 
 
 _LAST = ("LayerNorm", "RMSNorm", "RmsNorm")  # by class name: their channels are the last axis,
@@ -360,18 +303,6 @@ def _assembled(
         made[path] = RowwiseHead([d.heads[path] for d in domains], rows)
     replace_modules(network, made)
     return network.requires_grad_(False)
-
-
-def _refuse_rows_of_no_image(base: nn.Module, places: "_Places", size: Size | None) -> None:
-    """A layer whose rows are not the batch's (a table of positions) is the same for every row."""
-    layers = {path for group in places for path in group}
-    for path, n_rows in rows_per_image(base, layers, size).items():
-        if not n_rows:
-            raise MixError(
-                f"{path} gets a number of rows that does not follow the batch, so no row there "
-                "belongs to an image, and domains that differ there cannot be mixed. Call them "
-                "one after another, or leave that layer out of their plans."
-            )
 
 
 def _rowwise_norm(norm: nn.Module, parts: Sequence[Affine | nn.Module], rows: Rows) -> nn.Module:

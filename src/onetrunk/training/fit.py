@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,12 @@ def fit(
     device = torch.device(device or best_device())
     train_examples = examples_of(model, train, progress)
     val_examples = None if val is None else examples_of(model, val, progress)
-    _check_dtype(model)
+    check_dtype(model)
     model.to(device)
-    loop = _Loop(model, train_examples, val_examples, recipe, device)
+    loop = Loop(model, train_examples, val_examples, recipe, device)
     keeper = None
     if checkpoint is not None:
-        keeper = _Keeper(Path(checkpoint), checkpoint_every_s, loop)
+        keeper = Keeper(Path(checkpoint), checkpoint_every_s, loop)
         keeper.resume()
     try:
         with closing(loop.steps()) as steps:
@@ -138,11 +138,9 @@ def fit(
             keeper.save()
         raise
     else:
-        if loop.run.best:
-            _restore(model, loop.run.best)
+        loop.take_best()
     finally:
-        loop.optimizer.zero_grad()
-        model.eval()
+        loop.leave()
 
 
 def _refuse_going_back(**given: Any) -> None:
@@ -174,6 +172,20 @@ def _batch_norms(module: nn.Module) -> list[Any]:
     return [m for m in module.modules() if isinstance(m, kind) and m.running_mean is not None]
 
 
+@contextmanager
+def told_of_lone_image(n_images: int) -> Iterator[None]:
+    """Batch norm's complaint about a variance over one number, in the words of a recipe."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(
+            f"a batch of {n_images} image is too few for batch norm, which takes the "
+            "variance over the batch: give at least two images and Recipe(batch_size=2)."
+        ) from error
+
+
 def best_device() -> str:
     """`cuda`, `mps` or `cpu`: the first that this machine has."""
     if torch.cuda.is_available():
@@ -181,7 +193,7 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-class _Loop:
+class Loop:
     """The steps of one training over its parts."""
 
     def __init__(
@@ -204,36 +216,91 @@ class _Loop:
         self.n_epochs = recipe.n_epochs(len(train))
         self.n_steps = self.steps_an_epoch * self.n_epochs
         self.dtype = next(model.parameters()).dtype
-        self.autocast = _autocasts(recipe, device)
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=_autocasts(recipe, device)
+        )
         self.held_norms = held_norms(model, recipe)
         self.failed = False  # then network and step do not belong together: nothing to keep
 
     def steps(self) -> Generator[Step, None, None]:
+        with closing(self.batches()) as batches:
+            for x_bchw, labels_b in batches:
+                with uninterrupted():
+                    self.begin()
+                    with own_draws(self.device):
+                        reseed(self.draws_seed, self.device)
+                        loss = self.loss(self._logits(x_bchw), labels_b)
+                        loss.backward()
+                    found = self.finish(loss)
+                yield self.record(found)
+
+    def batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """What is still to be done, a batch (b, c, h, w) and its labels (b,) a step.
+
+        Whoever takes one calls `begin`, computes the `loss` and its gradients, and calls `finish`
+        and `record`, before taking the next.
+        """
         if self._at_end_of_epoch():  # stopped in its validation
             self._end_epoch()
         for epoch in range(self.run.epochs, self.n_epochs):
-            with closing(self._epoch(epoch)) as steps:
-                yield from steps
+            done = self.run.step - epoch * self.steps_an_epoch
+            with closing(self._made(self._order(epoch)[done:], epoch)) as made:
+                yield from made
 
-    def _epoch(self, epoch: int) -> Generator[Step, None, None]:
-        done = self.run.step - epoch * self.steps_an_epoch
-        batches = self._order(epoch)[done:]
-        with closing(self._made(batches, epoch)) as made:
-            for x_bchw, labels_b in made:
-                lr = self.recipe.learning_rate(self.run.step, self.n_steps)
-                with uninterrupted():
-                    loss = self._step(x_bchw, labels_b, lr)
-                    self.run.step += 1
-                accuracy, best = self._end_epoch() if self._at_end_of_epoch() else (None, False)
-                yield Step(
-                    self.run.step,
-                    self.n_steps,
-                    epoch + 1,
-                    loss,
-                    lr * self.recipe.lr,
-                    accuracy,
-                    best,
-                )
+    @property
+    def draws_seed(self) -> int:
+        """Of what the next step draws at random: dropout."""
+        step = self.run.step * self.world.size + self.world.rank
+        return seed_of(self.recipe.seed, "dropout", step)
+
+    def begin(self) -> None:
+        """Makes the network ready for a step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * self._lr(self.run.step)
+        self.model.train()
+        for held in self.held_norms:
+            held.eval()
+        self.optimizer.zero_grad()
+
+    def loss(self, logits_bc: Tensor, labels_b: Tensor) -> Tensor:
+        half = logits_bc.dtype in (torch.bfloat16, torch.float16)
+        return F.cross_entropy(
+            logits_bc.float() if half else logits_bc,
+            labels_b.to(self.device),
+            label_smoothing=self.recipe.label_smoothing,
+        )
+
+    def finish(self, loss: Tensor) -> float:
+        """Takes the step whose gradients are there; its loss."""
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, self.recipe.clip_norm or math.inf)
+        found = self.world.mean(float(loss.detach()))
+        if not math.isfinite(found):
+            raise self._stopped(f"the loss is {found} at step {self.run.step + 1}")
+        if not math.isfinite(norm):
+            raise self._stopped(f"the gradient is not finite at step {self.run.step + 1}")
+        self.optimizer.step()
+        self.run.step += 1
+        return found
+
+    def record(self, loss: float) -> Step:
+        """What the step did; validates after the last one of an epoch."""
+        epoch, lr = self.run.epochs + 1, self.recipe.lr * self._lr(self.run.step - 1)
+        accuracy, best = self._end_epoch() if self._at_end_of_epoch() else (None, False)
+        return Step(self.run.step, self.n_steps, epoch, loss, lr, accuracy, best)
+
+    def take_best(self) -> None:
+        """Gives the network the state of its best epoch, where there was validation."""
+        if self.run.best:
+            _restore(self.model, self.run.best)
+
+    def leave(self) -> None:
+        """Gradients are let go, and the network is as it is used."""
+        self.optimizer.zero_grad()
+        self.model.eval()
+
+    def _lr(self, step: int) -> float:
+        return self.recipe.learning_rate(step, self.n_steps)
 
     def _at_end_of_epoch(self) -> bool:
         return self.run.step == (self.run.epochs + 1) * self.steps_an_epoch
@@ -253,48 +320,9 @@ class _Loop:
 
         return one_ahead(make, batches) if self.train.runs_ahead else (make(r) for r in batches)
 
-    def _step(self, x_bchw: Tensor, labels_b: Tensor, lr: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr
-        self.model.train()
-        for held in self.held_norms:
-            held.eval()
-        self.optimizer.zero_grad()
-        with own_draws(self.device):
-            step = self.run.step * self.world.size + self.world.rank
-            reseed(seed_of(self.recipe.seed, "dropout", step), self.device)
-            loss = self._loss(x_bchw, labels_b)
-            loss.backward()
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trained, self.recipe.clip_norm or math.inf)
-        found = self.world.mean(float(loss.detach()))
-        if not math.isfinite(found):
-            raise self._stopped(f"the loss is {found} at step {self.run.step + 1}")
-        if not math.isfinite(norm):
-            raise self._stopped(f"the gradient is not finite at step {self.run.step + 1}")
-        self.optimizer.step()
-        return found
-
-    def _loss(self, x_bchw: Tensor, labels_b: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            y = self._logits(x_bchw.to(self.device, self.dtype))
-        half = y.dtype in (torch.bfloat16, torch.float16)
-        return F.cross_entropy(
-            y.float() if half else y,
-            labels_b.to(self.device),
-            label_smoothing=self.recipe.label_smoothing,
-        )
-
     def _logits(self, x_bchw: Tensor) -> Tensor:
-        try:
-            y = self.forward(x_bchw)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise TrainingError(
-                f"a batch of {len(x_bchw)} image is too few for batch norm, which takes the "
-                "variance over the batch: give at least two images and Recipe(batch_size=2)."
-            ) from error
+        with self.autocast, told_of_lone_image(len(x_bchw)):
+            y = self.forward(x_bchw.to(self.device, self.dtype))
         # torchvision's Inception and GoogLeNet put auxiliary logits behind in train mode
         return y if isinstance(y, Tensor) else y[0]
 
@@ -330,10 +358,10 @@ class _Loop:
         )
 
 
-class _Keeper:
+class Keeper:
     """Writes a training's checkpoint, and reads it where there is one."""
 
-    def __init__(self, path: Path, every_s: float, loop: _Loop) -> None:
+    def __init__(self, path: Path, every_s: float, loop: Loop) -> None:
         self.path, self.every_s, self.loop = path, every_s, loop
         self.identity = _identity(loop)
         self.computed_with = {
@@ -381,7 +409,7 @@ class _Keeper:
         _fill_optimizer(self.loop.optimizer, saved.optimizer)
 
 
-def _check_dtype(model: nn.Module) -> None:
+def check_dtype(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype == torch.float16:
             raise TrainingError(
@@ -411,7 +439,7 @@ def _restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         tensor.copy_(state[name])
 
 
-def _identity(loop: _Loop) -> dict[str, Any]:
+def _identity(loop: Loop) -> dict[str, Any]:
     """What a checkpoint must agree on with the training that goes on from it."""
     domain, state = domain_of(loop.model), loop.model.state_dict()
     own = [[name, list(t.shape), str(t.dtype)] for name, t in delta(loop.model).items()]

@@ -78,3 +78,45 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(which, handler)
         for number in dict.fromkeys(held):
             signal.raise_signal(number)
+
+
+class Stream:
+    """Random numbers of one user among several: torch's, which go on where they stopped.
+
+    >>> ours, theirs = Stream(1), Stream(1)
+    >>> def drawn(stream):
+    ...     with stream.drawing():
+    ...         return float(torch.rand(()))
+    >>> first, second = drawn(ours), drawn(ours)
+    >>> [drawn(theirs), drawn(theirs)] == [first, second], first == second
+    (True, False)
+    """
+
+    def __init__(self, seed: int, device: torch.device = CPU) -> None:
+        self.seed, self.device = seed, device
+        self._states: list[torch.Tensor] = []
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """While it is entered, torch draws from here; then as if nothing were."""
+        with own_draws(self.device):
+            if self._states:
+                _set_states(self._states, self.device)
+            else:
+                reseed(self.seed, self.device)
+            yield
+            self._states = _states(self.device)
+
+
+def _states(device: torch.device) -> list[torch.Tensor]:
+    of_device = {"cuda": lambda: [torch.cuda.get_rng_state(device)],
+                 "mps": lambda: [torch.mps.get_rng_state()]}  # fmt: skip
+    return [torch.get_rng_state(), *of_device.get(device.type, list)()]
+
+
+def _set_states(states: list[torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states[1])

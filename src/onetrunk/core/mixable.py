@@ -1,0 +1,93 @@
+"""What domains must have in common so that one forward serves a batch of them all."""
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from ..errors import MixError
+from ..tensorfile import fingerprint_of
+from .adapters import Full
+from .attach import Adapted, delta, domain_of, unmark
+from .trace import Size, rows_per_image
+from .tree import Frozen, copy_tree, original_names, replace_modules
+
+
+def base_tree(model: nn.Module) -> nn.Module:
+    """An ordinary tree over a domain's tensors, no adapters: where the others' numbers go in."""
+    base = copy_tree(model).eval()
+    unmark(base)
+    for kind in (Adapted, Frozen):
+        wrapped = {n: m.layer for n, m in base.named_modules() if isinstance(m, kind)}
+        replace_modules(base, wrapped)
+    return base
+
+
+def check_shares(name: str, model: nn.Module, first: nn.Module) -> None:
+    """Refuses a domain that shares no forward with `first`.
+
+    Raises:
+        MixError: for layers of its own, another backbone, and another type or device.
+    """
+    domain = domain_of(model)
+    if domain.scope == "everything" or any(isinstance(f, Full) for f in domain.plan.values()):
+        raise MixError(
+            f"domain {name!r} has layers of its own ({domain.family}), so it shares no forward "
+            "with others. Leave it out and call it by itself, or merge it."
+        )
+    _refuse_other_backbone(name, model, first)
+    _refuse_other_kind(name, model, first)
+
+
+def _refuse_other_backbone(name: str, model: nn.Module, first: nn.Module) -> None:
+    ours, theirs = domain_of(first).backbone, domain_of(model).backbone
+    if ours is theirs:
+        return
+    prints = [fingerprint_of(backbone.state_dict()) for backbone in (ours, theirs)]
+    if prints[0] != prints[1]:
+        raise MixError(
+            f"domain {name!r} is over backbone {prints[1][:12]}..., the others over "
+            f"{prints[0][:12]}...: there is no forward to share. Mix the domains of one backbone."
+        )
+
+
+def _refuse_other_kind(name: str, model: nn.Module, first: nn.Module) -> None:
+    ours, theirs = (next(m.parameters()) for m in (first, model))
+    if (ours.dtype, ours.device) != (theirs.dtype, theirs.device):
+        raise MixError(
+            f"domain {name!r} is {theirs.dtype} on {theirs.device}, the first one {ours.dtype} on "
+            f"{ours.device}: bring them to one type and device with .to() first."
+        )
+
+
+def check_own(name: str, model: nn.Module, taken: Collection[str]) -> None:
+    """Everything that is the domain's must be in the modules `taken`, or as the backbone has it.
+
+    Raises:
+        MixError: where it has something else of its own.
+    """
+    theirs, original = domain_of(model).backbone.state_dict(), original_names(model)
+    for key, tensor in delta(model).items():
+        inside = any(key == path or key.startswith(f"{path}.") for path in taken)
+        stays = original.get(key)
+        if inside or (stays in theirs and torch.equal(tensor, theirs[stays])):
+            continue
+        raise MixError(
+            f"domain {name!r} has {key} of its own, which rows of one batch cannot have. "
+            "Call it by itself."
+        )
+
+
+def check_rows(base: nn.Module, layers: set[str], size: Size | None) -> None:
+    """A layer whose rows are not the batch's (a table of positions) is the same for every row.
+
+    Raises:
+        MixError: where one of `layers` is such a one.
+    """
+    for path, n_rows in rows_per_image(base, layers, size).items():
+        if not n_rows:
+            raise MixError(
+                f"{path} gets a number of rows that does not follow the batch, so no row there "
+                "belongs to an image, and domains that differ there cannot be mixed. Call them "
+                "one after another, or leave that layer out of their plans."
+            )
