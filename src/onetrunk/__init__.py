@@ -36,6 +36,7 @@ _WHERE = {
     "Head": "core.adapters",
     "read_family": "core.adapters",
     "fit": "training.fit",
+    "fit_together": "training.together",
     "cached": "training.cached",
     "recomputed": "training.recomputed",
     "Recipe": "training.recipe",
@@ -90,3 +91,4 @@ if TYPE_CHECKING:
     from .training.recipe import Recipe as Recipe
     from .training.recipe import read_recipe as read_recipe
     from .training.recomputed import recomputed as recomputed
+    from .training.together import fit_together as fit_together

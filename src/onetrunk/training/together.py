@@ -1,7 +1,7 @@
 """fit_together: several domains trained in one batch, over one run of the layers that they share.
 
-Every domain is trained as `fit` trains it: its own batches, views, dropout, optimiser, schedule and
-best epoch, the same numbers but for rounding. Only the frozen layers run once for all of them, which
+Every domain is trained as `fit` trains it: its own batches, views, dropout, optimiser, schedule
+and best epoch, the same numbers but for rounding. Only the frozen layers run once for all, which
 pays where a batch of one domain is too small for the machine.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.together import Together
 from ..errors import DivergedError, TrainingError
+from .distributed import world
 from .examples import Progress, examples_of
 from .fit import Keeper, Loop, Step, best_device, check_dtype, told_of_lone_image
 from .randomness import Stream, own_draws, uninterrupted
@@ -64,6 +65,10 @@ def fit_together(
     """
     recipe, val, checkpoints = recipe or Recipe(), val or {}, checkpoints or {}
     _check_names(models, train, val, checkpoints)
+    if world().size > 1:
+        raise TrainingError(
+            "fit_together trains in one process: under torchrun, train each domain with fit."
+        )
     device = torch.device(device or best_device())
     loops: dict[str, Loop] = {}
     for name, model in models.items():
@@ -75,10 +80,6 @@ def fit_together(
         assert examples[0] is not None
         model.to(device)
         loops[name] = Loop(model, examples[0], examples[1], recipe, device)
-    if next(iter(loops.values())).world.size > 1:
-        raise TrainingError(
-            "fit_together trains in one process: under torchrun, train each domain with fit."
-        )
     together = Together(models)
     keepers = {n: Keeper(Path(p), checkpoint_every_s, loops[n]) for n, p in checkpoints.items()}
     for keeper in keepers.values():

@@ -12,7 +12,7 @@ import torch
 
 from ...errors import SpecError, TrainingError
 from ..ledger import Ledger
-from . import inference, memory, mixed, step
+from . import inference, memory, mixed, step, together
 from .rounds import Contest, run_rounds
 from .subjects import Subject
 
@@ -21,6 +21,7 @@ GROUPS: Mapping[str, Callable[[Subject], Iterator[Contest]]] = {
     "step": step.contests,
     "inference": inference.contests,
     "mixed": mixed.contests,
+    "together": together.contests,
 }
 MEMORY = "memory"  # counted, not timed
 SUBJECTS = (

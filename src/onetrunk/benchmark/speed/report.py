@@ -17,6 +17,7 @@ HEADINGS = {
     "step": "A training step",
     "inference": "A forward",
     "mixed": "A batch of many domains",
+    "together": "A step of several domains",
     "memory": "Memory by number of domains",
 }
 

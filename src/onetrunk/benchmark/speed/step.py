@@ -50,7 +50,7 @@ def contests(subject: Subject, batch: int = BATCH) -> Iterator[Contest]:
     x_bchw = subject.images(batch)
     yield Contest(
         "step", f"{subject.title}, batch {batch}", REFERENCE,
-        calls={name: _step(model, x_bchw) for name, model in present.items()},
+        calls={name: training_step(model, x_bchw) for name, model in present.items()},
         limits=_limits(subject, adapter),
         bytes={name: peak_bytes(model, x_bchw) for name, model in present.items()},
         skipped=skipped,
@@ -75,7 +75,8 @@ def _lora(subject: Subject, twin: nn.Module) -> nn.Module:
     return model
 
 
-def _step(model: nn.Module, x_bchw: Tensor) -> Call:
+def training_step(model: nn.Module, x_bchw: Tensor) -> Call:
+    """One step of AdamW on these images."""
     model.train()
     own = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=1e-5)
