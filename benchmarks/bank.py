@@ -24,7 +24,7 @@ import torch
 import onetrunk as ot
 
 N_DOMAINS = (3, 10, 100, 1000)  # three kinds of domain, then one of them under many names
-FAMILIES = {"norm": ot.Norm(), "lowrank": ot.LowRank(16), "parallel": ot.Parallel()}
+FAMILIES = {"norm": ot.Norm(), "lowrank": ot.LowRank(32), "parallel": ot.Parallel()}
 CLASSES = [f"class {i}" for i in range(10)]
 
 

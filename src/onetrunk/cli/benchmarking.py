@@ -119,7 +119,9 @@ def speed(
     out: Annotated[Path, typer.Option(help="Where results go; a run goes on there.")] = Path(
         "results/speed"
     ),
-    only: Annotated[str, typer.Option(help="Of step,inference,mixed,together,memory.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Of step,inference,mixed,together,cached,bank,memory.")
+    ] = "",
     backbones: Annotated[
         list[str] | None,
         typer.Option("--backbone", metavar="NAME[@PIXELS]", help="Again for several."),

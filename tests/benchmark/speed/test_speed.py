@@ -1,5 +1,6 @@
 """benchmark speed: ratios within rounds, every group end to end on a small network, its report."""
 
+import itertools
 import json
 
 import pytest
@@ -7,7 +8,17 @@ import torch
 
 from onetrunk.benchmark.ledger import Ledger
 from onetrunk.benchmark.report.markdown import table_text
-from onetrunk.benchmark.speed import SUBJECTS, inference, memory, mixed, run, step
+from onetrunk.benchmark.speed import (
+    SUBJECTS,
+    bank,
+    cached,
+    inference,
+    memory,
+    mixed,
+    run,
+    step,
+    together,
+)
 from onetrunk.benchmark.speed.report import bars, contest_table, memory_table, mixed_curves, write
 from onetrunk.benchmark.speed.rounds import Contest, ratios, run_rounds
 from onetrunk.benchmark.speed.subjects import Subject, take_apart
@@ -90,6 +101,24 @@ def test_forwards_and_mixed_batches_are_timed(subject, tmp_path):
     assert contests[-1].limits["mix, parallel"] == pytest.approx(1 + 1 / 9, rel=0.05)
     drawn = {c.title: run_rounds(c, 3, Ledger(tmp_path), MACHINE) for c in contests[-2:]}
     assert mixed_curves(drawn).startswith(PNG)
+
+
+def test_several_domains_features_and_banks_are_timed(subject, tmp_path):
+    found = itertools.chain(
+        together.contests(subject, ((2, 2),)),
+        cached.contests(subject),
+        bank.contests(subject, (3, 5)),
+    )
+    names = {}
+    for contest in found:  # one by one: a bank's folder is gone after its contests
+        rounds = run_rounds(contest, 3, Ledger(tmp_path), MACHINE)
+        assert rounds[0]["seconds"].keys() == contest.calls.keys() and not contest.skipped
+        names[contest.title.partition(", ")[2]] = set(contest.calls)
+        if contest.group == "cached":
+            assert 0 < contest.limits["late third on features, an epoch"] < 1 / 3
+    assert names["16 px, 2 domains, 2 images each"] >= {"by turns", "in one batch"}
+    assert names["16 px, opening a bank 10 times"] == {"3 domains", "5 domains"}
+    assert len(names) == 4
 
 
 def test_memory_counts_distinct_storages(subject):

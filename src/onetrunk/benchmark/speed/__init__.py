@@ -12,7 +12,7 @@ import torch
 
 from ...errors import SpecError, TrainingError
 from ..ledger import Ledger
-from . import inference, memory, mixed, step, together
+from . import bank, cached, inference, memory, mixed, step, together
 from .rounds import Contest, run_rounds
 from .subjects import Subject
 
@@ -22,6 +22,8 @@ GROUPS: Mapping[str, Callable[[Subject], Iterator[Contest]]] = {
     "inference": inference.contests,
     "mixed": mixed.contests,
     "together": together.contests,
+    "cached": cached.contests,
+    "bank": bank.contests,
 }
 MEMORY = "memory"  # counted, not timed
 SUBJECTS = (

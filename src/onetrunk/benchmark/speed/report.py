@@ -18,6 +18,8 @@ HEADINGS = {
     "inference": "A forward",
     "mixed": "A batch of many domains",
     "together": "A step of several domains",
+    "cached": "Late layers on cached features",
+    "bank": "A bank by its number of domains",
     "memory": "Memory by number of domains",
 }
 
