@@ -98,6 +98,7 @@ def test_forwards_and_mixed_batches_are_timed(subject, tmp_path):
         rounds = run_rounds(contest, 3, Ledger(tmp_path), MACHINE)
         assert rounds[0]["seconds"].keys() == contest.calls.keys()
         assert contest.reference in contest.calls
+    assert "PEFT set_adapter and split, rank 8" in contests[-1].calls
     assert contests[-1].limits["mix, parallel"] == pytest.approx(1 + 1 / 9, rel=0.05)
     drawn = {c.title: run_rounds(c, 3, Ledger(tmp_path), MACHINE) for c in contests[-2:]}
     assert mixed_curves(drawn).startswith(PNG)

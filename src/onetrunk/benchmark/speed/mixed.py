@@ -45,7 +45,7 @@ def contests(
             calls["merged, one after another"] = _one_by_one(subject, n, x_bchw, index_b)
         if n <= MOST_PEFT:
             try:
-                calls[f"PEFT adapter_names, rank {RANK}"] = _peft(subject, n, x_bchw, index_b)
+                calls |= _peft(subject, n, x_bchw, index_b)
             except OnetrunkError as error:
                 skipped["PEFT"] = str(error)
         title = f"{subject.title}, {n} domains in a batch of {batch}"
@@ -77,8 +77,8 @@ def _one_by_one(subject: Subject, n: int, x_bchw: Tensor, index_b: Tensor) -> Ca
     return _call(run)
 
 
-def _peft(subject: Subject, n: int, x_bchw: Tensor, index_b: Tensor) -> Call:
-    """PEFT's mixed batch over the same layers; its networks share norms and head."""
+def _peft(subject: Subject, n: int, x_bchw: Tensor, index_b: Tensor) -> dict[str, Call]:
+    """PEFT over the same layers, mixed and split by domain; its networks share norms and head."""
     library = peft()
     sites = list(domain_of(subject.domain(LowRank(RANK))).plan)
     config = library.LoraConfig(r=RANK, target_modules=sites)
@@ -88,7 +88,18 @@ def _peft(subject: Subject, n: int, x_bchw: Tensor, index_b: Tensor) -> Call:
             model.add_adapter(f"domain {k}", config)
     names = [f"domain {k}" for k in index_b.tolist()]
     model.eval()
-    return _call(lambda: model(x_bchw, adapter_names=names))
+    rows = {f"domain {k}": (index_b == k).nonzero().flatten() for k in range(n)}
+
+    def split() -> None:
+        for name, own in rows.items():
+            if len(own):
+                model.set_adapter(name)
+                model(x_bchw[own])
+
+    return {
+        f"PEFT adapter_names, rank {RANK}": _call(lambda: model(x_bchw, adapter_names=names)),
+        f"PEFT set_adapter and split, rank {RANK}": _call(split),
+    }
 
 
 def _limit(subject: Subject, family: Family) -> float:
