@@ -211,9 +211,13 @@ class Mixed(nn.Module):
         return super()._apply(fn, recurse)
 
     def _scores(self, images_bchw: Tensor, index_b: Tensor) -> Tensor:
-        with self._rows.of(index_b):
+        if torch.compiler.is_compiling():  # nothing to share; torch 2.6 traces no `with` of ours
+            self._rows.traced = index_b
             scores: Tensor = self.network(images_bchw)
-        return scores
+            self._rows.traced = None
+            return scores
+        with self._rows.of(index_b):
+            return self.network(images_bchw)
 
     def _known(self, name: str) -> str:
         if name in self._classes:

@@ -27,16 +27,11 @@ class Rows:
 
     def __init__(self) -> None:
         self._of_thread = threading.local()
-        self._traced: Tensor | None = None
+        self.traced: Tensor | None = None  # a graph's own input while it is compiled
 
     @contextmanager
     def of(self, index_b: Tensor) -> Iterator[None]:
         """While it is entered, `expanded` gives this index to this thread."""
-        if torch.compiler.is_compiling():  # a graph has the index as its input: nothing is shared
-            self._traced = index_b
-            yield
-            self._traced = None
-            return
         self._of_thread.index_b = index_b
         try:
             yield
@@ -51,7 +46,7 @@ class Rows:
         """
         traced = torch.compiler.is_compiling()
         index_b: Tensor | None = (
-            self._traced if traced else getattr(self._of_thread, "index_b", None)
+            self.traced if traced else getattr(self._of_thread, "index_b", None)
         )
         assert index_b is not None  # `Mixed.forward` enters `of` first
         n_images = index_b.shape[0]  # len() would fix the number in a graph
