@@ -36,7 +36,8 @@ sweep: $(VENV)/.dev  ## every family on timm's networks up to 10 M parameters; w
 	$(BIN)/python benchmarks/sweep.py --all
 
 bench: $(VENV)/.dev  ## opening, loading, attaching, importing
-	$(BIN)/python benchmarks/bank.py
+	$(BIN)/onetrunk benchmark speed --only bank --backbone timm:resnet18 --out scratch/speed
+	$(BIN)/python benchmarks/starting.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
