@@ -186,6 +186,18 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_torch_that_would_pickle_is_refused(tmp_path: Path, make: Callable[..., nn.Module],
+                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def demanded(_program: Any, _inputs: Any) -> None:
+        raise ValueError("Example inputs should be a tuple")  # as torch 2.6 does
+
+    inputs = property(lambda _program: None, demanded)
+    monkeypatch.setattr(torch.export.ExportedProgram, "example_inputs", inputs)
+    with pytest.raises(ExportError, match=r"pickles a program's example inputs.*newer torch"):
+        export(make(ot.Norm()), tmp_path / "x.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_makes_no_graph_is_said(
     tmp_path: Path, make: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from ..core.merge import merge
+from ..errors import ExportError
 from .base import Exported, Format, export_checked, for_export, metadata
 from .program import traced
 
@@ -23,12 +25,28 @@ def export_pt2(model: nn.Module, out: Path, images_bchw: Tensor) -> Exported:
 
     def write(path: Path) -> None:
         program = traced(merged, (example,))
-        program.example_inputs = None  # torch would pickle them
+        _leave_examples_out(program)
         buffer = io.BytesIO()
         torch.export.save(program, buffer, extra_files=dict(texts))
         path.write_bytes(buffer.getvalue())
 
     return export_checked(model, merged, out, "pt2", images_bchw, write, _read)
+
+
+def _leave_examples_out(program: ExportedProgram) -> None:
+    """Takes off the program, in place, what torch would pickle into its file.
+
+    Raises:
+        ExportError: where this torch (2.6 is known) saves no program without them.
+    """
+    try:
+        program.example_inputs = None
+    except ValueError as error:
+        raise ExportError(
+            f"torch {torch.__version__} pickles a program's example inputs into a .pt2 file, and "
+            "nothing here is pickled. Export with a newer torch (2.14 is known to do), or "
+            "--format safetensors."
+        ) from error
 
 
 def _read(path: Path) -> Callable[[Tensor], Tensor]:
