@@ -6,7 +6,7 @@ never reach the backbone or another domain, while memory holds the backbone once
 """
 
 import copy
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,14 +21,23 @@ def copy_tree(module: nn.Module, own: Iterable[Tensor] = ()) -> nn.Module:
     for parameter in module.parameters():
         if id(parameter) not in kept:
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    users = Counter(storage_key(buffer) for buffer in module.buffers())
     for buffer in module.buffers():
         if id(buffer) not in kept:
             memo[id(buffer)] = buffer.detach()
+        elif users[storage_key(buffer)] == 1 and _is_plain(buffer):
+            memo[id(buffer)] = buffer.clone()  # deepcopy takes sixteen times as long
     for sub in module.modules():  # a dozen empty hook tables a module: half of deepcopy's time
         for value in vars(sub).values():
             if type(value) in (OrderedDict, dict, set) and not value:
                 memo[id(value)] = type(value)()
     return copy.deepcopy(module, memo)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a clone is all there is to a copy: no view, no subclass, nothing hung on it."""
+    whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return type(tensor) is Tensor and not tensor.requires_grad and not vars(tensor) and whole
 
 
 def own_tensors(module: nn.Module) -> Iterator[Tensor]:
