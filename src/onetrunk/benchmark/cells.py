@@ -1,7 +1,7 @@
 """A cell: one method trained on one domain of one backbone with one seed, tuned as all others are.
 
-A cell's key is the digest of everything it depends on. Its trials are records of their own and its
-final training has a checkpoint, so a cell that was stopped goes on where it was.
+A cell's key is the digest of everything it depends on. Its trainings are records of their own and
+each has a checkpoint, so a cell that was stopped goes on where it was.
 """
 
 import dataclasses
@@ -42,10 +42,10 @@ from .methods import (
     Uniform,
     read_method,
 )
-from .protocol import Protocol, Tuning
+from .protocol import TUNED_SEED, Protocol, Tuning
 from .setting import Setting
 
-FORMAT = 2  # of what a key is made of: raised where the same key would mean another computation
+FORMAT = 3  # of what a key is made of: raised where the same key would mean another computation
 
 
 @dataclass(frozen=True)
@@ -186,16 +186,39 @@ def _tuned(
     cell: Cell, method: Trained, setting: Setting, ledger: Ledger, work: Path
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The cell's network at the setting that did best on validation images."""
-    trials = _Trials(cell, method, setting, ledger)
+    tuned = dataclasses.replace(cell, seed=TUNED_SEED)
+    trials = _Trials(tuned, method, setting if tuned == cell else setting_of(tuned), ledger, work)
     tuning = cell.protocol.search(trials.accuracy)
-    recipe = recipe_of(cell, method, tuning, cell.protocol.epochs)
-    model = fresh(method, setting)
-    checkpoint = work / "checkpoints" / f"{cell.key}.safetensors"
-    for _ in fit(model, setting.train, recipe, val=setting.val, checkpoint=checkpoint):
-        pass
-    checkpoint.unlink(missing_ok=True)
-    facts = _facts(recipe, method)
+    model = trials.models.get(tuning) if tuned == cell else None
+    if model is None:  # of another seed, or trained before an interruption
+        model, _ = _trained(cell, method, setting, tuning, work)
+    facts = _facts(recipe_of(cell, method, tuning), method)
     return model, {"trials": list(trials.done.values()), "factor": tuning.factor, **facts}
+
+
+def _trained(
+    cell: Cell, method: Trained, setting: Setting, tuning: Tuning, work: Path
+) -> tuple[nn.Module, float]:
+    """A network after its training, and its accuracy on validation images.
+
+    Raises:
+        DivergedError: where the learning rate is too high for this cell.
+    """
+    model = fresh(method, setting)
+    checkpoint = work / "checkpoints" / f"{_trial_key(cell, tuning)}.safetensors"
+    try:
+        recipe = recipe_of(cell, method, tuning)
+        for _ in fit(model, setting.train, recipe, val=setting.val, checkpoint=checkpoint):
+            pass
+    except DivergedError:
+        checkpoint.unlink(missing_ok=True)
+        raise
+    checkpoint.unlink(missing_ok=True)
+    return model, evaluate(model, setting.val).accuracy
+
+
+def _trial_key(cell: Cell, tuning: Tuning) -> str:
+    return digest_of({"cell": cell.key, **dataclasses.asdict(tuning)})
 
 
 def fresh(method: Trained, setting: Setting) -> nn.Module:
@@ -206,9 +229,9 @@ def fresh(method: Trained, setting: Setting) -> nn.Module:
     return model
 
 
-def recipe_of(cell: Cell, method: Trained, tuning: Tuning, epochs: int) -> Recipe:
+def recipe_of(cell: Cell, method: Trained, tuning: Tuning) -> Recipe:
     """The recipe of one training of a cell."""
-    recipe = cell.protocol.recipe(tuning, cell.seed, epochs)
+    recipe = cell.protocol.recipe(tuning, cell.seed, cell.protocol.epochs)
     if isinstance(method, Scratch):
         return dataclasses.replace(recipe, lr_full=method.lr_full * tuning.factor)
     return recipe
@@ -227,34 +250,37 @@ def _facts(recipe: Recipe, method: Trained) -> dict[str, Any]:
 
 
 class _Trials:
-    """The short trainings of one cell, each a record of its own."""
+    """The trainings of one cell, each a record of its own; the best of them is its result."""
 
-    def __init__(self, cell: Cell, method: Trained, setting: Setting, ledger: Ledger) -> None:
-        self.cell, self.method, self.setting, self.ledger = cell, method, setting, ledger
-        self.known = ledger.read()
+    def __init__(
+        self, cell: Cell, method: Trained, setting: Setting, ledger: Ledger, work: Path
+    ) -> None:
+        self.cell, self.method, self.setting = cell, method, setting
+        self.ledger, self.work = ledger, work
         self.done: dict[Tuning, dict[str, Any]] = {}
+        self.models: dict[Tuning, nn.Module] = {}  # of those that were trained here
 
     def accuracy(self, tuning: Tuning) -> float:
-        """The best validation accuracy of a short training."""
+        """The accuracy on validation images; 0 where the learning rate is too high for the cell."""
         if tuning not in self.done:
-            key = digest_of({"cell": self.cell.key, **dataclasses.asdict(tuning)})
-            if key not in self.known:
-                found = self._train(tuning)
-                self.known[key] = {"key": key, "kind": "trial", "val_accuracy": found}
-                self.ledger.append(self.known[key])
-            facts = _facts(recipe_of(self.cell, self.method, tuning, 1), self.method)
-            self.done[tuning] = {**facts, "val_accuracy": float(self.known[key]["val_accuracy"])}
+            facts = _facts(recipe_of(self.cell, self.method, tuning), self.method)
+            self.done[tuning] = {**facts, "val_accuracy": self._known(tuning)}
         return float(self.done[tuning]["val_accuracy"])
 
+    def _known(self, tuning: Tuning) -> float:
+        key = _trial_key(self.cell, tuning)
+        if (known := self.ledger.read().get(key)) is None:
+            known = {"key": key, "kind": "trial", "val_accuracy": self._train(tuning)}
+            self.ledger.append(known)
+        return float(known["val_accuracy"])
+
     def _train(self, tuning: Tuning) -> float:
-        recipe = recipe_of(self.cell, self.method, tuning, self.cell.protocol.trial_epochs)
-        model, best = fresh(self.method, self.setting), 0.0
         try:
-            for step in fit(model, self.setting.train, recipe, val=self.setting.val):
-                best = max(best, step.val_accuracy or 0.0)
-        except DivergedError:  # its learning rate is not for this cell
+            model, accuracy = _trained(self.cell, self.method, self.setting, tuning, self.work)
+        except DivergedError:
             return 0.0
-        return best
+        self.models[tuning] = model
+        return accuracy
 
 
 def keeps_domain(method: str) -> bool:

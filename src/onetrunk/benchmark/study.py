@@ -101,11 +101,13 @@ def run(study: Study, workers: int = 1, progress: Progress | None = None) -> Out
     for method in study.methods:
         read_method(method)
     outcome, ledger = Outcome(), Ledger(study.work)
-    pieces: list[list[Cell]] = [[cell] for cell in study.cells()]
-    compressions = study.compressions()
-    total = len(pieces) + sum(len(cells) for cells in compressions)
+    cells, compressions = study.cells(), study.compressions()
+    of_seeds = {seed: [[cell] for cell in cells if cell.seed == seed] for seed in study.seeds}
+    total = len(cells) + sum(len(cells) for cells in compressions)
     done = 0
-    for work, jobs in ((_one, pieces), (run_compressed, compressions)):
+    # seed by seed: what the trials of the first one chose is there when the others ask for it
+    stages = [*((_one, jobs) for jobs in of_seeds.values()), (run_compressed, compressions)]
+    for work, jobs in stages:
         for records, failure, note in _results(work, jobs, ledger, study.work, workers):
             done += max(1, len(records))
             outcome.records += [{**record, "study": study.name} for record in records]
