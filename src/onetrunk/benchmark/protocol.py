@@ -7,8 +7,8 @@ beyond it, up to twice; then higher decays for as long as each is better. The be
 result, and its test images are scored once. Other seeds than `TUNED_SEED` train once, at the
 setting that it chose.
 
-A trial is as long as the training it stands for: short ones choose what is fastest, not what is best,
-and that costs slow starters such as adapters more than fine-tuning.
+A trial is as long as the training it stands for: short ones choose what is fastest, not what is
+best, and that costs slow starters such as adapters more than fine-tuning.
 """
 
 import dataclasses

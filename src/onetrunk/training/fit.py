@@ -29,6 +29,7 @@ from .checkpoint import Checkpoint, make_folder, read_checkpoint, write_checkpoi
 from .distributed import check_batch, world
 from .evaluate import logits_of
 from .examples import Examples, Progress, examples_of, one_ahead
+from .graphed import N_BEFORE, GraphedStep, cuda_graph, may_be_recorded
 from .randomness import own_draws, reseed, seed_of, uninterrupted
 from .recipe import Recipe, build_optimizer
 
@@ -75,6 +76,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every_s: float = 60.0,
     device: str | torch.device | None = None,
+    graphed: bool | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Step]:
     """Trains the domain's own numbers of `model` in place, one step for every record it yields.
@@ -94,11 +96,14 @@ def fit(
             left, by Ctrl-C too; where it exists already, training goes on from it. Remove it when
             done.
         device: by default CUDA, then MPS, then the CPU, whatever there is; the network is moved.
+        graphed: whether forward and backward are recorded as a CUDA graph and replayed, which small
+            networks gain most from; None: on CUDA, for backbones of known packages without hooks.
         progress: called with (images read, images) while the images are prepared.
 
     Raises:
         TrainingError: for data or a checkpoint that does not fit, and for a loss or gradient that
-            is not finite; the network then has the state after its last good epoch.
+            is not finite; the network then has the state after its last good epoch. With `graphed`
+            where there is no CUDA, or the step cannot be recorded.
         DamagedError: where the checkpoint's bytes are not what was written.
         DataError: where images cannot be read.
 
@@ -121,6 +126,7 @@ def fit(
     check_dtype(model)
     model.to(device)
     loop = Loop(model, train_examples, val_examples, recipe, device)
+    loop.graph(graphed)
     keeper = None
     if checkpoint is not None:
         keeper = Keeper(Path(checkpoint), checkpoint_every_s, loop)
@@ -220,6 +226,8 @@ class Loop:
             device.type, torch.bfloat16, enabled=_autocasts(recipe, device)
         )
         self.held_norms = held_norms(model, recipe)
+        self.graphed: GraphedStep | None = None
+        self.must_graph, self.ordinary_steps = False, 0
         self.failed = False  # then network and step do not belong together: nothing to keep
 
     def steps(self) -> Generator[Step, None, None]:
@@ -228,11 +236,26 @@ class Loop:
                 with uninterrupted():
                     self.begin()
                     with own_draws(self.device):
-                        reseed(self.draws_seed, self.device)
-                        loss = self.loss(self._logits(x_bchw), labels_b)
-                        loss.backward()
+                        loss = self._with_gradients(x_bchw, labels_b)
                     found = self.finish(loss)
                 yield self.record(found)
+
+    def graph(self, wanted: bool | None) -> None:
+        """Records steps from now on, where that is wanted; None: where it is sure to be the same.
+
+        Raises:
+            TrainingError: where it is wanted and this is no training on one CUDA device.
+        """
+        can = self.device.type == "cuda" and self.world.size == 1
+        if wanted and not can:
+            raise TrainingError(
+                f"fit(graphed=True) on {self.device} with {self.world.size} process(es): CUDA "
+                "graphs are for one process on a CUDA device. Leave graphed out."
+            )
+        if wanted or (wanted is None and can and may_be_recorded(self.model)):
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.graphed = GraphedStep(self._loss_of, trained, cuda_graph)
+            self.must_graph = bool(wanted)
 
     def batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """What is still to be done, a batch (b, c, h, w) and its labels (b,) a step.
@@ -319,6 +342,25 @@ class Loop:
             return x_bchw, self.train.labels[rows]
 
         return one_ahead(make, batches) if self.train.runs_ahead else (make(r) for r in batches)
+
+    def _with_gradients(self, x_bchw: Tensor, labels_b: Tensor) -> Tensor:
+        """The loss of a batch, whose gradients are at the parameters then."""
+        reseed(self.draws_seed, self.device)
+        if self.graphed is not None and self.ordinary_steps >= N_BEFORE:
+            try:
+                return self.graphed(x_bchw.to(self.device, self.dtype), labels_b.to(self.device))
+            except TrainingError:
+                if self.must_graph:
+                    raise
+                self.graphed = None
+                reseed(self.draws_seed, self.device)
+        loss = self._loss_of(x_bchw, labels_b)
+        loss.backward()
+        self.ordinary_steps += 1
+        return loss
+
+    def _loss_of(self, x_bchw: Tensor, labels_b: Tensor) -> Tensor:
+        return self.loss(self._logits(x_bchw), labels_b)
 
     def _logits(self, x_bchw: Tensor) -> Tensor:
         with self.autocast, told_of_lone_image(len(x_bchw)):

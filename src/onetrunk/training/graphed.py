@@ -1,0 +1,92 @@
+"""A training step recorded once and replayed as one CUDA graph.
+
+A step of a small network is thousands of short kernels, and Python needs longer to launch them than
+a GPU to run them. Forward and backward are recorded with their memory, after a few ordinary steps,
+and replayed with the next batch copied in; the optimiser's step stays as it was, so that a loss
+that is not finite is seen before it.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TrainingError
+
+N_BEFORE = 2  # ordinary steps: libraries choose their kernels in them
+PACKAGES = ("torch", "timm", "torchvision", "onetrunk")  # whose layers draw and decide on the GPU
+
+LossOf = Callable[[Tensor, Tensor], Tensor]
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+_mine = threading.local()
+
+
+class GraphedStep:
+    """Losses and gradients of batches of one shape.
+
+    Args:
+        loss_of: batch (b, c, h, w) and labels (b,) -> loss; its backward is recorded with it.
+        trained: the parameters whose gradients it leaves, each time in the same memory.
+        record: runs a function and gives back one that computes it again in the same memory.
+    """
+
+    def __init__(self, loss_of: LossOf, trained: Sequence[nn.Parameter], record: Record) -> None:
+        self.loss_of, self.trained, self.record = loss_of, trained, record
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self, x_bchw: Tensor, labels_b: Tensor) -> Tensor:
+        """The loss; every gradient is that of this batch."""
+        if self.replay is None:
+            self.x_bchw, self.labels_b = x_bchw.clone(), labels_b.clone()
+            self.replay = self.record(self._compute)
+            self.grads = [parameter.grad for parameter in self.trained]
+        self.x_bchw.copy_(x_bchw)
+        self.labels_b.copy_(labels_b)
+        self.replay()
+        for parameter, grad in zip(self.trained, self.grads, strict=True):
+            parameter.grad = grad
+        return self.loss
+
+    def _compute(self) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
+        loss = self.loss_of(self.x_bchw, self.labels_b)
+        loss.backward()
+        self.loss = loss.detach()
+
+
+def cuda_graph(compute: Callable[[], None]) -> Callable[[], None]:
+    """Records what `compute` launches, without running it.
+
+    Graphs of one thread share their memory: they are replayed one after another, and what outlives
+    a replay is held.
+
+    Raises:
+        TrainingError: where it waits for the GPU, or does what else cannot be recorded.
+    """
+    graph = torch.cuda.CUDAGraph()
+    if not hasattr(_mine, "pool"):
+        _mine.pool = torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=_mine.pool, capture_error_mode="thread_local"):
+            compute()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"this network's step cannot be recorded as a CUDA graph ({reason}): "
+            "train it with fit(graphed=False)."
+        ) from error
+    return graph.replay
+
+
+def may_be_recorded(model: nn.Module) -> bool:
+    """Whether a replay of `model` is sure to do what its Python code would: layers of known
+    packages, and nobody's hooks, which a replay does not call.
+    """
+    return all(
+        type(module).__module__.partition(".")[0] in PACKAGES
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        for module in model.modules()
+    )
