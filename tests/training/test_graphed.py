@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 import onetrunk as ot
 import onetrunk.training.fit as fit_module
+from onetrunk.core.adapters import read_family
 from onetrunk.core.attach import delta
 from onetrunk.errors import TrainingError
 from onetrunk.training.graphed import GraphedStep, cuda_graph, may_be_recorded
@@ -119,7 +120,7 @@ def test_on_a_gpu_recorded_steps_train_as_ordinary_ones(name, statistics, family
         torch.manual_seed(0)
         size = {"img_size": 32} if name.startswith("vit") else {}
         net = timm.create_model(name, drop_path_rate=0.1, **size)
-        model = ot.attach(net, family, ["a", "b", "c"], input_size=(3, 32, 32))
+        model = ot.attach(net, read_family(family), ["a", "b", "c"], input_size=(3, 32, 32))
         steps = list(ot.fit(model, images, recipe, graphed=graphed))
         found[graphed] = [torch.tensor([s.loss for s in steps]), *delta(model).values()]
     for one, other in zip(found[False], found[True], strict=True):
