@@ -357,7 +357,7 @@ class Loop:
         loss = self._loss_of(x_bchw, labels_b)
         loss.backward()
         self.ordinary_steps += 1
-        return loss
+        return loss.detach()  # a recording needs the graph of this one gone
 
     def _loss_of(self, x_bchw: Tensor, labels_b: Tensor) -> Tensor:
         return self.loss(self._logits(x_bchw), labels_b)

@@ -60,7 +60,8 @@ def cuda_graph(compute: Callable[[], None]) -> Callable[[], None]:
     """Records what `compute` launches, without running it.
 
     Graphs of one thread share their memory: they are replayed one after another, and what outlives
-    a replay is held.
+    a replay is held. No autograd graph over the same parameters may be alive, as the nodes that add
+    up gradients belong to the stream of the first one.
 
     Raises:
         TrainingError: where it waits for the GPU, or does what else cannot be recorded.
@@ -72,12 +73,19 @@ def cuda_graph(compute: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.graph(graph, pool=_mine.pool, capture_error_mode="thread_local"):
             compute()
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(_first(error)).strip().splitlines()[0]
         raise TrainingError(
             f"this network's step cannot be recorded as a CUDA graph ({reason}): "
             "train it with fit(graphed=False)."
         ) from error
     return graph.replay
+
+
+def _first(error: BaseException) -> BaseException:
+    """What happened: the end of a broken recording complains on top of it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def may_be_recorded(model: nn.Module) -> bool:
