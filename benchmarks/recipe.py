@@ -5,6 +5,7 @@
     python benchmarks/recipe.py --stage small        the same on the two pretrained here
     python benchmarks/recipe.py --stage large        20,800 images
     python benchmarks/recipe.py --stage statistics   norms at the backbone's statistics or a batch's
+    python benchmarks/recipe.py --stage rates        the same at several learning rates, 300 and all
     python benchmarks/recipe.py --stage table        the table of docs/recipes.md
 
 Needs ONETRUNK_DATA (a folder of Parquet domains); the ResNets' weights are beside it, in weights/.
@@ -16,8 +17,10 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import timm
@@ -27,6 +30,7 @@ from torch import nn
 
 import onetrunk as ot
 from onetrunk.data import Prepared, Preprocessing, load
+from onetrunk.training.fit import best_device
 from onetrunk.training.probe import linear_probe, start_from_probe
 
 DATA = Path(os.environ.get("ONETRUNK_DATA", "../shared/data/mini-decathlon"))
@@ -131,7 +135,7 @@ class Cell:
 
 def run(cell: Cell) -> dict[str, object]:
     splits = load(DATA / cell.domain)
-    backbone = load_backbone(cell.backbone)
+    backbone = load_backbone(cell.backbone).to(best_device())
     preprocessing = Preprocessing.for_backbone(
         backbone, size_px=cell.size_px, hflip=bool(splits.hflip)
     )
@@ -165,6 +169,7 @@ def run(cell: Cell) -> dict[str, object]:
         "n_train": len(train),
         "seconds": round(time.time() - start, 1),
         "threads": torch.get_num_threads(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
 
 
@@ -199,9 +204,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", default="main")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="processes, a cell each")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     if arguments.stage == "pretrain":
+        torch.set_num_threads(arguments.threads)
         pretrain("convnext", epochs=6)
         pretrain("vit", epochs=10)
         return
@@ -211,13 +217,16 @@ def main() -> None:
         else set()
     )
     RESULTS.parent.mkdir(exist_ok=True)
-    for cell in cells(arguments.stage):
-        if cell.key in done:
-            continue
-        row = run(cell)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(row, flush=True)
+    todo = [cell for cell in cells(arguments.stage) if cell.key not in done]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        arguments.workers, context, torch.set_num_threads, (arguments.threads,)
+    ) as pool:
+        for future in as_completed([pool.submit(run, cell) for cell in todo]):
+            row = future.result()
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

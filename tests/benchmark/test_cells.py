@@ -18,7 +18,9 @@ from onetrunk.benchmark.study import Study, domains_in, known, run
 from onetrunk.data import load
 from onetrunk.errors import DataError, DivergedError, TrainingError
 
-TINY = Protocol(images=16, val_images=12, size_px=16, epochs=2, batch_size=8, tune_epochs=1)
+TINY = Protocol(
+    images=16, val_images=12, size_px=16, epochs=2, least_steps=1, batch_size=8, tune_epochs=1
+)
 TRUNK = Trunk("resnet26(width=0.125)")
 
 

@@ -3,20 +3,17 @@
 from collections.abc import Callable, Sequence
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import onetrunk as ot
 import onetrunk.training.fit as fit_module
-from onetrunk.core.adapters import read_family
 from onetrunk.core.attach import delta
 from onetrunk.errors import TrainingError
-from onetrunk.training.graphed import GraphedStep, cuda_graph, may_be_recorded
+from onetrunk.training.graphed import GraphedStep, may_be_recorded
 
 RECIPE = ot.Recipe(epochs=3, batch_size=4, norm_statistics="running")
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def rerun(trained: Sequence[nn.Parameter]) -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -102,34 +99,3 @@ def test_only_layers_of_known_packages_without_hooks_are_recorded_unasked(make_m
     hook.remove()
     assert may_be_recorded(nn.Sequential(nn.ReLU()))
     assert not may_be_recorded(nn.Sequential(Mine()))
-
-
-@on_cuda
-@pytest.mark.parametrize("family", ["parallel(dropout=0.2)", "lowrank(rank=2)", "series", "full"])
-@pytest.mark.parametrize(
-    ("name", "statistics"),
-    [("resnet18", "batch"), ("efficientnet_lite0", "running"), ("vit_tiny_patch16_224", "auto")],
-)
-def test_on_a_gpu_recorded_steps_train_as_ordinary_ones(name, statistics, family):
-    generator = torch.Generator().manual_seed(0)
-    x_bchw = torch.rand(48, 3, 32, 32, generator=generator)
-    images = TensorDataset(x_bchw, torch.arange(48) % 3)
-    recipe = ot.Recipe(epochs=3, batch_size=8, norm_statistics=statistics, precision="float32")
-    found = {}
-    for graphed in (False, True):
-        torch.manual_seed(0)
-        size = {"img_size": 32} if name.startswith("vit") else {}
-        net = timm.create_model(name, drop_path_rate=0.1, **size)
-        model = ot.attach(net, read_family(family), ["a", "b", "c"], input_size=(3, 32, 32))
-        steps = list(ot.fit(model, images, recipe, graphed=graphed))
-        found[graphed] = [torch.tensor([s.loss for s in steps]), *delta(model).values()]
-    for one, other in zip(found[False], found[True], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-
-
-@on_cuda
-def test_a_step_that_waits_for_the_gpu_is_refused_with_the_reason():
-    x = torch.ones(1, device="cuda")
-    with pytest.raises(TrainingError, match="cannot be recorded as a CUDA graph"):
-        cuda_graph(lambda: x.item())
-    assert float(x + 1) == 2  # the GPU goes on

@@ -27,7 +27,7 @@ from ..core.cost import cost
 from ..data import Images, Prepared, Preprocessing, Splits, load
 from ..errors import DataError, DivergedError
 from ..training.evaluate import evaluate
-from ..training.fit import fit
+from ..training.fit import best_device, fit
 from ..training.probe import start_from_probe
 from ..training.recipe import Recipe
 from .allocated import probed
@@ -192,7 +192,7 @@ def _tuned(
     model = trials.models.get(tuning) if tuned == cell else None
     if model is None:  # of another seed, or trained before an interruption
         model, _ = _trained(cell, method, setting, tuning, work)
-    facts = _facts(recipe_of(cell, method, tuning), method)
+    facts = _facts(recipe_of(cell, method, tuning, len(setting.train)), method)
     return model, {"trials": list(trials.done.values()), "factor": tuning.factor, **facts}
 
 
@@ -207,7 +207,7 @@ def _trained(
     model = fresh(method, setting)
     checkpoint = work / "checkpoints" / f"{_trial_key(cell, tuning)}.safetensors"
     try:
-        recipe = recipe_of(cell, method, tuning)
+        recipe = recipe_of(cell, method, tuning, len(setting.train))
         for _ in fit(model, setting.train, recipe, val=setting.val, checkpoint=checkpoint):
             pass
     except DivergedError:
@@ -229,9 +229,9 @@ def fresh(method: Trained, setting: Setting) -> nn.Module:
     return model
 
 
-def recipe_of(cell: Cell, method: Trained, tuning: Tuning) -> Recipe:
-    """The recipe of one training of a cell."""
-    recipe = cell.protocol.recipe(tuning, cell.seed, cell.protocol.epochs)
+def recipe_of(cell: Cell, method: Trained, tuning: Tuning, n_images: int) -> Recipe:
+    """The recipe of one training of a cell on so many images."""
+    recipe = cell.protocol.recipe(tuning, cell.seed, cell.protocol.n_epochs(n_images))
     if isinstance(method, Scratch):
         return dataclasses.replace(recipe, lr_full=method.lr_full * tuning.factor)
     return recipe
@@ -263,7 +263,8 @@ class _Trials:
     def accuracy(self, tuning: Tuning) -> float:
         """The accuracy on validation images; 0 where the learning rate is too high for the cell."""
         if tuning not in self.done:
-            facts = _facts(recipe_of(self.cell, self.method, tuning), self.method)
+            recipe = recipe_of(self.cell, self.method, tuning, len(self.setting.train))
+            facts = _facts(recipe, self.method)
             self.done[tuning] = {**facts, "val_accuracy": self._known(tuning)}
         return float(self.done[tuning]["val_accuracy"])
 
@@ -306,7 +307,7 @@ def store(
     with FileLock(f"{path}.lock"):
         bank = Bank.open(path, backbone) if path.exists() else Bank.create(path, backbone)
         put = bank.replace if bank_name(name) in bank.domains else bank.add
-        put(bank_name(name), model.cpu(), metrics={"test_accuracy": record["test_accuracy"]})
+        put(bank_name(name), model, metrics={"test_accuracy": record["test_accuracy"]})
 
 
 def bank_name(domain: str) -> str:
@@ -322,14 +323,15 @@ def setting_of(cell: Cell) -> Setting:
     preprocessing = Preprocessing.for_backbone(
         backbone, size_px=cell.protocol.size_px, hflip=splits.hflip is not False
     )
+    train, protocol = _data(cell, "train", preprocessing), cell.protocol
     return Setting(
         backbone=backbone,
         classes=splits.classes,
         preprocessing=preprocessing,
-        train=_data(cell, "train", preprocessing),
+        train=train,
         val=_data(cell, "val", preprocessing),
         seed=cell.seed,
-        recipe=cell.protocol.recipe(cell.protocol.start, cell.seed, cell.protocol.epochs),
+        recipe=protocol.recipe(protocol.start, cell.seed, protocol.n_epochs(len(train))),
     )
 
 
@@ -340,10 +342,10 @@ def backbone_of(trunk: Trunk) -> nn.Module:
 
 @functools.lru_cache(maxsize=4)
 def _trunk(trunk: Trunk) -> tuple[nn.Module, str]:
-    """The backbone and its fingerprint; laid out as convolutions on this machine like it."""
+    """The backbone and its fingerprint; where it is trained, laid out as convolutions like it."""
     module = build_backbone(trunk.form, weights=trunk.weights or None)
     print_of = fingerprint(module)
-    module.to(memory_format=torch.channels_last)
+    module.to(torch.device(best_device())).to(memory_format=torch.channels_last)
     return module, print_of
 
 

@@ -41,7 +41,7 @@ class Protocol:
         val_images: validation images a domain at most.
         per_class: training images of each class at most instead of `images`; None: not limited.
         size_px: side of the square that the network sees.
-        epochs: passes of a training.
+        epochs, least_steps: passes of a training, and more where it would have fewer steps.
         factors: on the recipe's learning rates, rising by a constant ratio.
         decays: weight decays, rising; the first one goes with the other trials.
         statistics: what batch norms may train with (`Recipe.norm_statistics`).
@@ -55,6 +55,7 @@ class Protocol:
     per_class: int | None = None
     size_px: int = 48
     epochs: int = 10
+    least_steps: int = 200
     factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
     decays: tuple[float, ...] = (0.05, 1.0, 5.0)
     statistics: tuple[Statistics, ...] = ("running", "batch")
@@ -62,7 +63,7 @@ class Protocol:
     tune_epochs: int = 4
 
     def __post_init__(self) -> None:
-        for field in ("images", "least_per_class", "val_images", "epochs"):
+        for field in ("images", "least_per_class", "val_images", "epochs", "least_steps"):
             if getattr(self, field) < 1:
                 raise TrainingError(f"Protocol({field}={getattr(self, field)}): give at least 1.")
         if len(self.factors) < 2 or list(self.factors) != sorted(set(self.factors)):
@@ -80,6 +81,15 @@ class Protocol:
     def start(self) -> Tuning:
         """The setting from which the search goes on: the recipe's own rates, the least decay."""
         return Tuning(1.0, self.decays[0], self.statistics[0])
+
+    def n_epochs(self, n_images: int) -> int:
+        """The passes of a training on so many images.
+
+        >>> Protocol().n_epochs(320), Protocol().n_epochs(50)
+        (10, 67)
+        """
+        steps_an_epoch = max(1, n_images // self.batch_size)
+        return max(self.epochs, -(-self.least_steps // steps_an_epoch))
 
     def recipe(self, tuning: Tuning, seed: int, epochs: int) -> Recipe:
         """The recipe of one training: the default one at other rates, decays and statistics."""
@@ -137,6 +147,6 @@ SMALL = Protocol()
 """For two CPU cores: a domain and method in one to three minutes."""
 
 FULL = Protocol(
-    images=10**9, val_images=10**9, size_px=64, epochs=10, batch_size=64, tune_epochs=4,
+    images=10**9, val_images=10**9, size_px=64, least_steps=300, batch_size=64,
 )  # fmt: skip
 """For one GPU: every image."""

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -182,15 +183,15 @@ class Preprocessing:
     def _random_resized_crop(
         self, prepared_bchw: Tensor, draws_bk: npt.NDArray[np.float64], scale: tuple[float, float]
     ) -> Tensor:
-        from torchvision.transforms.v2 import functional
-
-        boxes_b4 = _boxes(draws_bk, self.prepared_px, scale)
-        size = [self.size_px, self.size_px]
-        views = []
-        for x_chw, box, flip in zip(prepared_bchw, boxes_b4, self._flipped(draws_bk), strict=True):
-            view = functional.resized_crop(x_chw, *box.tolist(), size=size, antialias=True)
-            views.append(view.flip(-1) if flip else view)
-        return torch.stack(views) if views else prepared_bchw.new_empty((0, self.channels, *size))
+        boxes_b4, size = _boxes(draws_bk, self.prepared_px, scale), (self.size_px, self.size_px)
+        # colours innermost: the order in which PyTorch resizes bytes fastest, with the same result
+        prepared_bchw = prepared_bchw.contiguous(memory_format=torch.channels_last)
+        views_bchw = torch.empty_like(prepared_bchw[:, :, : size[0], : size[1]])
+        for row, (top, left, height, width) in enumerate(boxes_b4.tolist()):
+            box = prepared_bchw[row : row + 1, :, top : top + height, left : left + width]
+            views_bchw[row : row + 1] = _resized(box, size)
+        flipped_b = torch.from_numpy(self._flipped(draws_bk)).to(views_bchw.device)
+        return torch.where(flipped_b[:, None, None, None], views_bchw.flip(-1), views_bchw)
 
     def _flipped(self, draws_bk: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         return np.asarray((draws_bk[:, 2] < 0.5) & self.hflip)
@@ -213,6 +214,14 @@ class Preprocessing:
                 f"a view was asked of {prepared_bchw.dtype} {found}; expected torch.uint8 "
                 f"(b, {', '.join(map(str, expected))}): pass what `prepare` returned, stacked."
             )
+
+
+def _resized(x_1chw: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (1, c, h, w) -> uint8 (1, c, *size), bilinear, antialiased."""
+    if x_1chw.device.type == "cpu":
+        return F.interpolate(x_1chw, size, mode="bilinear", antialias=True)
+    y_1chw = F.interpolate(x_1chw.float(), size, mode="bilinear", antialias=True)
+    return y_1chw.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def view_seeds(seed: int, epoch: int, indices_b: Tensor | Sequence[int]) -> Tensor:

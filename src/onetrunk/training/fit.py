@@ -376,7 +376,7 @@ class Loop:
             raise self._stopped(f"the network has NaN or infinity after step {self.run.step}")
         accuracy, best = None, False
         if self.val is not None:
-            logits_nc = logits_of(self.model, self.val)
+            logits_nc = logits_of(self.model, self.val, 256 if self.device.type == "cuda" else 64)
             if not torch.isfinite(logits_nc).all():
                 raise self._stopped(f"the validation logits are not finite at step {self.run.step}")
             accuracy = float((logits_nc.argmax(1) == self.val.labels).double().mean())

@@ -66,8 +66,11 @@ def linear_probe(
         x_nf = features_of(model, heads[0], examples, device, progress)
         if x_nf.shape == (len(examples), layer.in_features):
             val_x_nf = features_of(model, heads[0], val_examples, device, None)
-            labels = examples.labels, val_examples.labels
-            weight, bias = best_logistic(x_nf, labels[0], val_x_nf, labels[1], len(classes))
+            place = device or layer.weight.device
+            weight, bias = best_logistic(
+                x_nf.to(place), examples.labels.to(place),
+                val_x_nf.to(place), val_examples.labels.to(place), len(classes),
+            )  # fmt: skip
             with torch.no_grad():
                 layer.weight.copy_(weight)
                 layer.bias.copy_(bias)
@@ -130,7 +133,8 @@ def best_logistic(
     """Weight (c, f) and bias (c,) of the logistic regression that does best on validation."""
     mean_f, std_f = x_nf.mean(0), x_nf.std(0, correction=0).clamp_min(1e-6)
     z_nf, val_z_nf = (x_nf - mean_f) / std_f, (val_x_nf - mean_f) / std_f
-    best, best_loss = (torch.zeros(n_classes, x_nf.shape[1]), torch.zeros(n_classes)), float("inf")
+    zeros = x_nf.new_zeros(n_classes, x_nf.shape[1]), x_nf.new_zeros(n_classes)
+    best, best_loss = zeros, float("inf")
     weight, bias = best
     for decay in reversed(DECAYS):  # warm starts, from the smoothest
         weight, bias = _logistic(z_nf, labels_n, weight, bias, decay)
