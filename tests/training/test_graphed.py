@@ -1,6 +1,7 @@
-"""A recorded step is the step; what cannot be recorded is trained as always, or refused."""
+"""A recorded step is the step; where nothing can be recorded, that is said."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import onetrunk as ot
 import onetrunk.training.fit as fit_module
 from onetrunk.core.attach import delta
 from onetrunk.errors import TrainingError
-from onetrunk.training.graphed import GraphedStep, may_be_recorded
+from onetrunk.training.graphed import GraphedStep, cuda_graph
 
 RECIPE = ot.Recipe(epochs=3, batch_size=4, norm_statistics="running")
 
@@ -37,21 +38,13 @@ def rerun(trained: Sequence[nn.Parameter]) -> Callable[[Callable[[], None]], Cal
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """recorded(record): from now on `fit` records by it, on the CPU."""
+    """Has `fit(graphed=True)` record on the CPU."""
 
-    def started(record=None):
-        def graph(loop: fit_module.Loop, wanted: bool | None) -> None:
-            trained = [p for group in loop.optimizer.param_groups for p in group["params"]]
-            loop.graphed = GraphedStep(loop._loss_of, trained, record or rerun(trained))
-            loop.must_graph = bool(wanted)
+    def record_steps(loop: fit_module.Loop) -> None:
+        trained = [p for group in loop.optimizer.param_groups for p in group["params"]]
+        loop.graphed = GraphedStep(loop._loss_of, trained, rerun(trained))
 
-        monkeypatch.setattr(fit_module.Loop, "graph", graph)
-
-    return started
-
-
-def refusing(_compute: Callable[[], None]) -> Callable[[], None]:
-    raise TrainingError("this network's step cannot be recorded")
+    monkeypatch.setattr(fit_module.Loop, "record_steps", record_steps)
 
 
 def trained_delta(model: nn.Module, images: TensorDataset, **options) -> dict[str, torch.Tensor]:
@@ -70,17 +63,8 @@ def images() -> TensorDataset:
 
 
 def test_recorded_steps_train_as_ordinary_ones(make_model, images, recorded):
-    expected = trained_delta(make_model(), images)
-    recorded()
-    assert furthest(trained_delta(make_model(), images), expected) == 0
-
-
-def test_what_cannot_be_recorded_is_trained_as_always_or_refused(make_model, images, recorded):
-    expected = trained_delta(make_model(), images)
-    recorded(refusing)
-    assert furthest(trained_delta(make_model(), images), expected) == 0
-    with pytest.raises(TrainingError, match="cannot be recorded"):
-        trained_delta(make_model(), images, graphed=True)
+    found = trained_delta(make_model(), images, graphed=True)
+    assert furthest(found, trained_delta(make_model(), images)) == 0
 
 
 def test_a_graph_is_refused_where_there_is_no_cuda(make_model, images):
@@ -88,14 +72,18 @@ def test_a_graph_is_refused_where_there_is_no_cuda(make_model, images):
         list(ot.fit(make_model(), images, RECIPE, graphed=True, device="cpu"))
 
 
-def test_only_layers_of_known_packages_without_hooks_are_recorded_unasked(make_model):
-    class Mine(nn.Identity):
-        pass
+def test_a_step_that_cannot_be_recorded_says_what_it_did(monkeypatch):
+    @contextmanager
+    def broken(_graph: object, **_options: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error")
 
-    model = make_model()
-    assert may_be_recorded(model)
-    hook = model.register_forward_hook(lambda *_: None)
-    assert not may_be_recorded(model)
-    hook.remove()
-    assert may_be_recorded(nn.Sequential(nn.ReLU()))
-    assert not may_be_recorded(nn.Sequential(Mine()))
+    def waits() -> None:
+        raise RuntimeError("it waited for the GPU\nand more")
+
+    monkeypatch.setattr(torch.cuda, "graph", broken)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    with pytest.raises(TrainingError, match=r"\(it waited for the GPU\): train it without graphed"):
+        cuda_graph(waits)

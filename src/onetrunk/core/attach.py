@@ -19,7 +19,7 @@ from ..errors import AttachError, BackboneError, DataError
 from ..tensorfile import fingerprint_of
 from .adapters import Adapter, Family, Full, LowRank, Norm, Shared
 from .basis import Basis
-from .fused import folded_product, folds
+from .fused import FOLDING_DEVICES, folded_product, folds
 from .plan import Plan, Where, default_family, place
 from .sites import Site, Tap, site_of
 from .trace import Size, Trace, timm_classifier, trace
@@ -99,7 +99,8 @@ class Adapted(nn.Module):
         self.folds = folds(layer, adapter, site)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.folds and torch.is_grad_enabled() and self._untouched():
+        pays = self.folds and x.device.type in FOLDING_DEVICES
+        if self.training and pays and torch.is_grad_enabled() and self._untouched():
             a_oi = self.adapter.matrix()
             if a_oi is not None:
                 return folded_product(self.layer, a_oi, x, self.tap)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .adapters.base import Adapter, add_at_tap
 from .sites import KNOWN_CONVS, Site, Tap, forward_known, package_and_class
 
+FOLDING_DEVICES = ("cpu",)  # on a GPU small steps wait for launches, of which folding has more
 PASS = 16  # multiply-adds in the time of one pass over one number of an activation, about
 
 

@@ -29,7 +29,7 @@ from .checkpoint import Checkpoint, make_folder, read_checkpoint, write_checkpoi
 from .distributed import check_batch, world
 from .evaluate import logits_of
 from .examples import Examples, Progress, examples_of, one_ahead
-from .graphed import N_BEFORE, GraphedStep, cuda_graph, may_be_recorded
+from .graphed import N_BEFORE, GraphedStep, cuda_graph
 from .randomness import own_draws, reseed, seed_of, uninterrupted
 from .recipe import Recipe, build_optimizer
 
@@ -76,7 +76,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every_s: float = 60.0,
     device: str | torch.device | None = None,
-    graphed: bool | None = None,
+    graphed: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Step]:
     """Trains the domain's own numbers of `model` in place, one step for every record it yields.
@@ -96,8 +96,9 @@ def fit(
             left, by Ctrl-C too; where it exists already, training goes on from it. Remove it when
             done.
         device: by default CUDA, then MPS, then the CPU, whatever there is; the network is moved.
-        graphed: whether forward and backward are recorded as a CUDA graph and replayed, which small
-            networks gain most from; None: on CUDA, for backbones of known packages without hooks.
+        graphed: on CUDA, forward and backward are recorded as one CUDA graph and replayed, from
+            which networks on small images gain most. Hooks and what else Python does in a forward
+            then run once, in the recording.
         progress: called with (images read, images) while the images are prepared.
 
     Raises:
@@ -126,7 +127,8 @@ def fit(
     check_dtype(model)
     model.to(device)
     loop = Loop(model, train_examples, val_examples, recipe, device)
-    loop.graph(graphed)
+    if graphed:
+        loop.record_steps()
     keeper = None
     if checkpoint is not None:
         keeper = Keeper(Path(checkpoint), checkpoint_every_s, loop)
@@ -227,7 +229,7 @@ class Loop:
         )
         self.held_norms = held_norms(model, recipe)
         self.graphed: GraphedStep | None = None
-        self.must_graph, self.ordinary_steps = False, 0
+        self.ordinary_steps = 0  # of this run, not of a checkpoint's
         self.failed = False  # then network and step do not belong together: nothing to keep
 
     def steps(self) -> Generator[Step, None, None]:
@@ -240,22 +242,19 @@ class Loop:
                     found = self.finish(loss)
                 yield self.record(found)
 
-    def graph(self, wanted: bool | None) -> None:
-        """Records steps from now on, where that is wanted; None: where it is sure to be the same.
+    def record_steps(self) -> None:
+        """From now on steps are recorded.
 
         Raises:
-            TrainingError: where it is wanted and this is no training on one CUDA device.
+            TrainingError: where this is no training in one process on a CUDA device.
         """
-        can = self.device.type == "cuda" and self.world.size == 1
-        if wanted and not can:
+        if self.device.type != "cuda" or self.world.size > 1:
             raise TrainingError(
                 f"fit(graphed=True) on {self.device} with {self.world.size} process(es): CUDA "
                 "graphs are for one process on a CUDA device. Leave graphed out."
             )
-        if wanted or (wanted is None and can and may_be_recorded(self.model)):
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            self.graphed = GraphedStep(self._loss_of, trained, cuda_graph)
-            self.must_graph = bool(wanted)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.graphed = GraphedStep(self._loss_of, trained, cuda_graph)
 
     def batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """What is still to be done, a batch (b, c, h, w) and its labels (b,) a step.
@@ -347,13 +346,7 @@ class Loop:
         """The loss of a batch, whose gradients are at the parameters then."""
         reseed(self.draws_seed, self.device)
         if self.graphed is not None and self.ordinary_steps >= N_BEFORE:
-            try:
-                return self.graphed(x_bchw.to(self.device, self.dtype), labels_b.to(self.device))
-            except TrainingError:
-                if self.must_graph:
-                    raise
-                self.graphed = None
-                reseed(self.draws_seed, self.device)
+            return self.graphed(x_bchw.to(self.device, self.dtype), labels_b.to(self.device))
         loss = self._loss_of(x_bchw, labels_b)
         loss.backward()
         self.ordinary_steps += 1

@@ -6,7 +6,6 @@ and replayed with the next batch copied in; the optimiser's step stays as it was
 that is not finite is seen before it.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,11 +14,9 @@ from torch import Tensor, nn
 from ..errors import TrainingError
 
 N_BEFORE = 2  # ordinary steps: libraries choose their kernels in them
-PACKAGES = ("torch", "timm", "torchvision", "onetrunk")  # whose layers draw and decide on the GPU
 
 LossOf = Callable[[Tensor, Tensor], Tensor]
 Record = Callable[[Callable[[], None]], Callable[[], None]]
-_mine = threading.local()
 
 
 class GraphedStep:
@@ -59,24 +56,21 @@ class GraphedStep:
 def cuda_graph(compute: Callable[[], None]) -> Callable[[], None]:
     """Records what `compute` launches, without running it.
 
-    Graphs of one thread share their memory: they are replayed one after another, and what outlives
-    a replay is held. No autograd graph over the same parameters may be alive, as the nodes that add
-    up gradients belong to the stream of the first one.
+    No autograd graph over the same parameters may be alive, as the nodes that add up gradients
+    belong to the stream of the first one.
 
     Raises:
         TrainingError: where it waits for the GPU, or does what else cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
-    if not hasattr(_mine, "pool"):
-        _mine.pool = torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph, pool=_mine.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             compute()
     except RuntimeError as error:
         reason = str(_first(error)).strip().splitlines()[0]
         raise TrainingError(
-            f"this network's step cannot be recorded as a CUDA graph ({reason}): "
-            "train it with fit(graphed=False)."
+            f"this network's step cannot be recorded as a CUDA graph ({reason}): train it without "
+            "graphed, in a new process."
         ) from error
     return graph.replay
 
@@ -86,15 +80,3 @@ def _first(error: BaseException) -> BaseException:
     while error.__context__ is not None:
         error = error.__context__
     return error
-
-
-def may_be_recorded(model: nn.Module) -> bool:
-    """Whether a replay of `model` is sure to do what its Python code would: layers of known
-    packages, and nobody's hooks, which a replay does not call.
-    """
-    return all(
-        type(module).__module__.partition(".")[0] in PACKAGES
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        for module in model.modules()
-    )

@@ -4,7 +4,7 @@ The limit: a step multiplies forward, for the inputs' gradient and for the weigh
 the last but for their own numbers; a probe spares both, as nothing below the head is trained.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,9 @@ from ...core.adapters import Full, Head, LowRank, Norm, Parallel
 from ...core.attach import domain_of
 from ...core.trace import trace
 from ...errors import OnetrunkError
-from ...training.graphed import N_BEFORE, GraphedStep, cuda_graph
 from ...training.recomputed import recomputed
 from .rounds import Call, Contest
-from .subjects import CLASSES, Subject, device, peft, quiet, take_apart
+from .subjects import CLASSES, Subject, peft, quiet, take_apart
 
 BATCH, RANK = 32, 8
 RECOMPUTED = 2  # blocks, the first: their maps are the largest
@@ -50,11 +49,6 @@ def contests(subject: Subject, batch: int = BATCH) -> Iterator[Contest]:
     present = {name: model for name, model in models.items() if model is not None}
     x_bchw = subject.images(batch)
     calls = {name: training_step(model, x_bchw) for name, model in present.items()}
-    if device() == "cuda":
-        calls |= {
-            f"{name}, recorded": training_step(model, x_bchw, recorded=True)
-            for name, model in present.items()
-        }
     yield Contest(
         "step", f"{subject.title}, batch {batch}", REFERENCE, calls,
         limits=_limits(subject, adapter),
@@ -81,8 +75,8 @@ def _lora(subject: Subject, twin: nn.Module) -> nn.Module:
     return model
 
 
-def training_step(model: nn.Module, x_bchw: Tensor, recorded: bool = False) -> Call:
-    """One step of AdamW on these images; `recorded` as a CUDA graph, as `fit` does it."""
+def training_step(model: nn.Module, x_bchw: Tensor) -> Call:
+    """One step of AdamW on these images."""
     model.train()
     own = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=1e-5)
@@ -90,18 +84,9 @@ def training_step(model: nn.Module, x_bchw: Tensor, recorded: bool = False) -> C
 
     def step() -> None:
         optimizer.zero_grad()
-        gradients(x_bchw, labels)
+        F.cross_entropy(model(x_bchw), labels).backward()
         optimizer.step()
 
-    def ordinary(x_bchw: Tensor, labels_b: Tensor) -> None:
-        F.cross_entropy(model(x_bchw), labels_b).backward()
-
-    gradients: Callable[[Tensor, Tensor], object] = ordinary
-    if recorded:
-        for _ in range(N_BEFORE):
-            step()
-        optimizer.zero_grad()
-        gradients = GraphedStep(lambda x, y: F.cross_entropy(model(x), y), own, cuda_graph)
     return step
 
 
