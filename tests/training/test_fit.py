@@ -177,16 +177,19 @@ def test_running_statistics_stay_the_backbones_and_an_adapters_own_do_not(
     assert all(not torch.equal(p, gains[n]) for n, p in model.named_parameters() if n in gains)
 
 
-def test_statistics_are_held_where_the_backbones_were_trained(make_net: Make) -> None:
-    def held(net: nn.Module, statistics: str) -> int:
+def test_statistics_are_held_where_the_backbones_were_trained_and_steps_are_few(
+    make_net: Make,
+) -> None:
+    def held(net: nn.Module, statistics: str, n_images: int = 300) -> int:
         model = ot.attach(net, ot.Series(), ("ant", "bee", "cat"), input_size=(3, 16, 16))
-        return len(held_norms(model, ot.Recipe(norm_statistics=statistics)))
+        return len(held_norms(model, ot.Recipe(norm_statistics=statistics), n_images))
 
     untrained, trained = make_net(), make_net()
     n_norms = sum(isinstance(m, nn.BatchNorm2d) for m in untrained.modules())
     trained.train()(torch.randn(4, 3, 16, 16))
     found = [held(net, s) for net in (untrained, trained) for s in ("auto", "batch", "running")]
     assert found == [0, 0, n_norms, n_norms, 0, n_norms]
+    assert [held(trained, s, 2_000) for s in ("auto", "batch", "running")] == [0, 0, n_norms]
 
 
 def test_nothing_to_train_is_an_error(make_model: Make, make_tensors: Make) -> None:

@@ -232,6 +232,9 @@ def train(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Less memory: compute activations twice.")
     ] = False,
+    graphed: Annotated[
+        bool, typer.Option("--graphed", help="On CUDA: record a step once and replay it.")
+    ] = False,
     resume: Resume = False,
     replace: Replace = False,
     device: Device = None,
@@ -263,6 +266,7 @@ def train(
         cache=cache,
         cache_folder=cache_folder,
         recompute=recompute,
+        graphed=graphed,
         resume=resume,
         replace=replace,
         device=device,

@@ -45,6 +45,7 @@ class Request:
     cache: int | None = None  # views an image of cached features; None: no cache
     cache_folder: Path | None = None
     recompute: bool = False
+    graphed: bool = False
     resume: bool = False
     replace: bool = False
     device: str | None = None
@@ -130,7 +131,8 @@ def train_ready(
     scored_on = "test" if data["test"] is not None else "val"
     if request.probe and probed is None:
         probed = probe(bank.backbone, ready, request.device, screen)
-    if probed is not None and held_norms(model, request.recipe):
+    n_images = 0 if data["train"] is None else len(data["train"])
+    if probed is not None and held_norms(model, request.recipe, n_images):
         start_from_probe(model, probed)  # with a batch's own statistics it would fit no longer
     _fit(bank, model, data, request, screen)
     result = evaluate(model, data[scored_on])
@@ -140,7 +142,7 @@ def train_ready(
         scored_on,
         None if probed is None else evaluate(probed, data[scored_on]).accuracy,
         cost(model),
-        len(data["train"] or ()),
+        n_images,
         time.monotonic() - ready.started,
     )
     _store(bank, request, trained)
@@ -269,6 +271,7 @@ def _fit(
             val=val,
             checkpoint=checkpoint,
             device=request.device,
+            graphed=request.graphed,
         )
         for _ in followed(steps, show):
             pass

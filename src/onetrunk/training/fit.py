@@ -31,7 +31,7 @@ from .evaluate import logits_of
 from .examples import Examples, Progress, examples_of, one_ahead
 from .graphed import N_BEFORE, GraphedStep, cuda_graph
 from .randomness import own_draws, reseed, seed_of, uninterrupted
-from .recipe import Recipe, build_optimizer
+from .recipe import SHORT, Recipe, build_optimizer
 
 
 @dataclass(frozen=True)
@@ -161,15 +161,18 @@ def _refuse_going_back(**given: Any) -> None:
             )
 
 
-def held_norms(model: nn.Module, recipe: Recipe) -> list[nn.Module]:
+def held_norms(model: nn.Module, recipe: Recipe, n_images: int) -> list[nn.Module]:
     """The batch norms that keep the backbone's statistics in a training of a domain's `model`.
 
     An adapter's own norm is none of them: no backbone has its statistics.
     """
-    backbone = _batch_norms(domain_of(model).backbone)
-    trained = any(bool(norm.running_mean.any()) for norm in backbone)  # they start at zero
-    if recipe.norm_statistics == "batch" or (recipe.norm_statistics == "auto" and not trained):
+    if recipe.norm_statistics == "batch":
         return []
+    if recipe.norm_statistics == "auto":
+        backbone = _batch_norms(domain_of(model).backbone)
+        trained = any(bool(norm.running_mean.any()) for norm in backbone)  # they start at zero
+        if not trained or recipe.n_steps(n_images) > SHORT:
+            return []
     adapters = [adapter for adapter in model.modules() if isinstance(adapter, Adapter)]
     fresh = {id(norm) for adapter in adapters for norm in _batch_norms(adapter)}
     return [norm for norm in _batch_norms(model) if id(norm) not in fresh]
@@ -227,7 +230,7 @@ class Loop:
         self.autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=_autocasts(recipe, device)
         )
-        self.held_norms = held_norms(model, recipe)
+        self.held_norms = held_norms(model, recipe, len(train))
         self.graphed: GraphedStep | None = None
         self.ordinary_steps = 0  # of this run, not of a checkpoint's
         self.failed = False  # then network and step do not belong together: nothing to keep

@@ -20,6 +20,7 @@ from ..core.tree import is_norm
 from ..errors import TrainingError
 
 Kind = Literal["adapter", "norm", "head", "full"]
+SHORT = 600  # steps up to which norms may keep the backbone's statistics: docs/recipes.md
 BySize = tuple[tuple[int, float], ...]  # (up to so many training images, value), then the rest
 
 
@@ -50,7 +51,8 @@ class Recipe:
             the domain's own are learned for evaluation; `running`: the backbone's, as in
             evaluation, so that training starts where the linear probe is, and gain and shift alone
             are learned (an adapter's own norm takes the batch's either way); `auto`: `running`
-            where the backbone's statistics were trained.
+            where the backbone's statistics were trained and the training is short, up to 600 steps,
+            as long ones at this learning rate need norms that follow what the adapters change.
         seed: of order, augmentation and dropout.
 
     Raises:
@@ -168,6 +170,10 @@ class Recipe:
         if self.epochs is not None:
             return self.epochs
         return max(5, min(90, round(900 / n_images**0.5)))
+
+    def n_steps(self, n_images: int) -> int:
+        """The steps of a training on `n_images` images."""
+        return self.n_epochs(n_images) * max(1, n_images // self.batch_size)
 
     def adapter_decay(self, n_images: int) -> float:
         """The adapters' weight decay for a domain of `n_images` training images."""
