@@ -19,7 +19,14 @@ from onetrunk.benchmark.speed import (
     step,
     together,
 )
-from onetrunk.benchmark.speed.report import bars, contest_table, memory_table, mixed_curves, write
+from onetrunk.benchmark.speed.report import (
+    bars,
+    contest_table,
+    memory_curves,
+    memory_table,
+    mixed_curves,
+    write,
+)
 from onetrunk.benchmark.speed.rounds import Contest, ratios, run_rounds
 from onetrunk.benchmark.speed.subjects import Subject, take_apart
 from onetrunk.core.attach import Adapted
@@ -128,26 +135,28 @@ def test_memory_counts_distinct_storages(subject):
     held = large["bytes"]["mixed"] - large["backbone"]
     assert 0.5 * large["deltas"] < held <= 1.3 * large["deltas"]
     table = memory_table([small, large])
+    assert memory_curves([small, large]).startswith(PNG)
     assert table.rows[1][0] == "8" and table.head[-1] == "mixed beside the backbone / deltas"
 
 
 def test_the_report_shows_ratios_limits_bytes_and_what_was_left_out(tmp_path):
     rounds = invented(plain=[1.0, 2.0, 4.0], ours=[0.5, 1.0, 3.0])
     text = table_text(contest_table(rounds))
-    assert "| ours | 1000.0 | 0.50 (0.50 to 0.62) | 0.40 | 0 | 0.50 |" in text
+    assert "| ours | 1000.0 | 0.50 (0.50 to 0.62) | 0.40 | 1.25 | 0 | 0.50 |" in text
     assert "rival: not run. it is missing" in text and "3 interleaved rounds" in text
     assert bars(rounds).startswith(PNG)
     many = [
         {**r, "group": "mixed", "title": f"{net}, 16 px, {n} domains in a batch of 6"}
         for r in rounds for net in ("one", "other") for n in (1, 4)
     ]  # fmt: skip
-    files = write([*rounds, *many], tmp_path, "onetrunk benchmark speed")
+    out = tmp_path / "not there yet"
+    files = write([*rounds, *many], out, "onetrunk benchmark speed")
     assert {path.name for path in files} == {
         "speed.md", "speed.json", "step-net-16-px.png", "mixed-one-16-px.png",
         "mixed-other-16-px.png",
     }  # fmt: skip
-    assert json.loads((tmp_path / "speed.json").read_text()) == [*rounds, *many]
-    assert "a machine, 2 core(s), 1 thread(s), torch 2.6.0" in (tmp_path / "speed.md").read_text()
+    assert json.loads((out / "speed.json").read_text()) == [*rounds, *many]
+    assert "a machine, 2 core(s), 1 thread(s), torch 2.6.0" in (out / "speed.md").read_text()
 
 
 def test_what_cannot_be_run_is_refused_first(tmp_path):

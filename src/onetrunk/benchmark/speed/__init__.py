@@ -13,6 +13,7 @@ import torch
 from ...errors import SpecError, TrainingError
 from ..ledger import Ledger
 from . import bank, cached, inference, memory, mixed, step, together
+from .report import MEMORY
 from .rounds import Contest, run_rounds
 from .subjects import Subject
 
@@ -25,7 +26,6 @@ GROUPS: Mapping[str, Callable[[Subject], Iterator[Contest]]] = {
     "cached": cached.contests,
     "bank": bank.contests,
 }
-MEMORY = "memory"  # counted, not timed
 SUBJECTS = (
     "resnet26(width=1.0)@64", "timm:resnet50@224", "timm:tf_efficientnet_lite0@224",
     "timm:vit_tiny_patch16_224@224",

@@ -48,7 +48,7 @@ def contests(
                 calls |= _peft(subject, n, x_bchw, index_b)
             except OnetrunkError as error:
                 skipped["PEFT"] = str(error)
-        title = f"{subject.title}, {n} domains in a batch of {batch}"
+        title = f"{subject.title}, {n} domain{'s' * (n > 1)} in a batch of {batch}"
         yield Contest("mixed", title, REFERENCE, calls, limits, skipped=skipped)
 
 

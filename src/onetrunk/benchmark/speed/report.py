@@ -22,6 +22,7 @@ HEADINGS = {
     "bank": "A bank by its number of domains",
     "memory": "Memory by number of domains",
 }
+MEMORY = "memory"  # counted, not timed
 
 
 def by_title(records: Rounds) -> dict[str, list[Mapping[str, Any]]]:
@@ -41,9 +42,11 @@ def by_backbone(records: Rounds) -> dict[str, dict[str, list[Mapping[str, Any]]]
 
 
 def contest_table(rounds: Rounds) -> Table:
-    """Each contestant's seconds, its ratio with quartiles, the limit, and bytes where counted."""
+    """Each contestant's seconds, its ratio with quartiles, bytes where they are counted; the limit
+    where there is one, and how many times that the ratio is.
+    """
     first, found = rounds[0], ratios(rounds)
-    counted = bool(first["bytes"])
+    counted, limited = bool(first["bytes"]), bool(first["limits"])
     lines = []
     for name, ratio in found.items():
         limit = first["limits"].get(name)
@@ -51,12 +54,14 @@ def contest_table(rounds: Rounds) -> Table:
             name,
             f"{1e3 * ratio.seconds:.1f}",
             f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})",
-            "" if limit is None else f"{limit:.2f}",
         ]
+        if limited:
+            line += ["", ""] if not limit else [f"{limit:.2f}", f"{ratio.median / limit:.2f}"]
         if counted:
             line += _bytes(first, name)
         lines.append(tuple(line))
-    head = ["contestant", "ms", f"time / {first['reference']}", "limit"]
+    head = ["contestant", "ms", f"time / {first['reference']}"]
+    head += ["limit", "times the limit"] if limited else []
     head += ["MB at the peak", "memory ratio"] if counted else []
     notes = [f"{name}: not run. {reason}" for name, reason in first["skipped"].items()]
     notes.append(f"{len(rounds)} interleaved rounds; medians, quartiles in brackets.")
@@ -115,7 +120,7 @@ def mixed_curves(contests: Mapping[str, Rounds]) -> bytes:
     """Throughput against the plain backbone's, by number of domains in the batch."""
     points: dict[str, list[tuple[int, float]]] = {}
     for title, rounds in contests.items():
-        n_domains = int(title.rpartition(" domains")[0].rpartition(" ")[2])
+        n_domains = int(title.partition(" domain")[0].rpartition(" ")[2])
         for name, ratio in ratios(rounds).items():
             if name != rounds[0]["reference"]:
                 points.setdefault(name, []).append((n_domains, 1 / ratio.median))
@@ -133,8 +138,26 @@ def mixed_curves(contests: Mapping[str, Rounds]) -> bytes:
         return canvas.png()
 
 
+def memory_curves(records: Rounds) -> bytes:
+    """Megabytes by number of domains, both logarithmic."""
+    with picture(7.6, 4.4) as canvas:
+        axes = canvas.figure.subplots()
+        numbers = [r["n_domains"] for r in records]
+        for name in records[0]["bytes"]:
+            axes.plot(numbers, [r["bytes"][name] / 1e6 for r in records], marker="o", label=name)
+        axes.axhline(records[0]["backbone"] / 1e6, color=INK, linewidth=0.9, linestyle="--")
+        axes.set(xscale="log", yscale="log", xlabel="domains", ylabel="MB (dashed: the backbone)")
+        axes.set_xticks(numbers, map(str, numbers))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.minorticks_off()
+        axes.set_title(f"{records[0]['title']}, rank 8", fontsize=10, loc="left")
+        axes.legend(fontsize=8)
+        return canvas.png()
+
+
 def write(records: Sequence[Mapping[str, Any]], out: Path, command: str) -> list[Path]:
     """Writes speed.md, speed.json and the pictures into `out`; the paths of what was written."""
+    out.mkdir(parents=True, exist_ok=True)
     parts, files = [f"# Speed\n\n`{command}`\n\n{machine_line(records)}"], []
     for group in HEADINGS:
         own = [r for r in records if r["group"] == group]
@@ -142,11 +165,11 @@ def write(records: Sequence[Mapping[str, Any]], out: Path, command: str) -> list
             continue
         parts.append(f"## {HEADINGS[group]}")
         for title, rounds in by_title(own).items():
-            table = memory_table(rounds) if group == "memory" else contest_table(rounds)
+            table = memory_table(rounds) if group == MEMORY else contest_table(rounds)
             parts.append(table_text(table))
-            if group in ("step", "inference"):
+            if draw := {"step": bars, "inference": bars, MEMORY: memory_curves}.get(group):
                 files.append(out / f"{_slug(group, title)}.png")
-                write_atomically(files[-1], bars(rounds))
+                write_atomically(files[-1], draw(rounds))
         if group == "mixed":
             for title, contests in by_backbone(own).items():
                 files.append(out / f"{_slug(group, title)}.png")
