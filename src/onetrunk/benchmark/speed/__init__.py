@@ -13,7 +13,7 @@ import torch
 from ...errors import SpecError, TrainingError
 from ..ledger import Ledger
 from . import bank, cached, inference, memory, mixed, step, together
-from .report import MEMORY
+from .report import MEMORY as MEMORY
 from .rounds import Contest, run_rounds
 from .subjects import Subject
 
