@@ -156,8 +156,8 @@ def test_a_study_runs(tmp_path):
     )  # fmt: skip
     folder = tmp_path / "domains"
     trunks = ((Trunk("resnet26(width=0.125)"), protocol),)
-    study = Study("mini", folder, trunks, domains_in(folder), methods, (0, 1), tmp_path / "out")
-    outcome = run(study)
+    found, out = domains_in(folder), tmp_path / "out"
+    outcome = run(Study("mini", folder, trunks, found, methods, (0, 1), out, graphed=True))
     assert not outcome.failures
     assert len(outcome.records) == 2 * len(methods)
     assert min(record["test_accuracy"] for record in outcome.records) > 0.5

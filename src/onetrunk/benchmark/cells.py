@@ -67,7 +67,7 @@ class Trunk:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is computed. `data` is the folder of domains."""
+    """What is computed; `data` is the folder of domains. How, `graphed` (see `fit`), is in no key."""
 
     study: str
     trunk: Trunk
@@ -76,6 +76,7 @@ class Cell:
     method: str
     seed: int
     protocol: Protocol
+    graphed: bool = False
 
     def configuration(self) -> dict[str, Any]:
         """Everything that the result depends on, as plain values."""
@@ -208,7 +209,11 @@ def _trained(
     checkpoint = work / "checkpoints" / f"{_trial_key(cell, tuning)}.safetensors"
     try:
         recipe = recipe_of(cell, method, tuning, len(setting.train))
-        for _ in fit(model, setting.train, recipe, val=setting.val, checkpoint=checkpoint):
+        steps = fit(
+            model, setting.train, recipe,
+            val=setting.val, checkpoint=checkpoint, graphed=cell.graphed,
+        )  # fmt: skip
+        for _ in steps:
             pass
     except DivergedError:
         checkpoint.unlink(missing_ok=True)

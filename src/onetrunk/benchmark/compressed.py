@@ -116,7 +116,7 @@ def _tuned(
         candidate = _copy(model)
         tuning = dataclasses.replace(source, factor=source.factor * share)
         recipe = cell.protocol.recipe(tuning, cell.seed, cell.protocol.tune_epochs)
-        for _ in fit(candidate, setting.train, recipe, val=setting.val):
+        for _ in fit(candidate, setting.train, recipe, val=setting.val, graphed=cell.graphed):
             pass
         accuracy = evaluate(candidate, setting.val).accuracy
         trials.append({"lr": recipe.lr, "decay": recipe.decay_adapter, "val_accuracy": accuracy})

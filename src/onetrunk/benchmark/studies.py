@@ -39,6 +39,7 @@ class Wish:
     seeds: tuple[int, ...] = (0,)
     per_class: tuple[int, ...] = PER_CLASS
     full: bool = False
+    graphed: bool = False
 
 
 def mini(wish: Wish) -> list[Study]:
@@ -149,6 +150,7 @@ def _study(
         methods=tuple(methods),
         seeds=wish.seeds,
         work=wish.out,
+        graphed=wish.graphed,
     )
 
 

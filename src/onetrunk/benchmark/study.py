@@ -30,6 +30,7 @@ class Study:
         data: a folder of domains, each a source of its own.
         trunks: backbone -> protocol.
         work: where the ledger (`cells.jsonl`), checkpoints and banks lie.
+        graphed: whether steps are recorded, see `fit`.
     """
 
     name: str
@@ -39,11 +40,12 @@ class Study:
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     work: Path
+    graphed: bool = False
 
     def cells(self) -> list[Cell]:
         """Every cell, seed by seed and method by method, so that early results compare."""
         return [
-            Cell(self.name, trunk, str(self.data), domain, method, seed, protocol)
+            self._cell(trunk, domain, method, seed, protocol)
             for seed in self.seeds
             for trunk, protocol in self.trunks
             for method in self.methods
@@ -54,15 +56,15 @@ class Study:
     def compressions(self) -> list[list[Cell]]:
         """The cells of compressed methods: all domains of one method are one piece of work."""
         return [
-            [
-                Cell(self.name, trunk, str(self.data), domain, method, seed, protocol)
-                for domain in self.domains
-            ]
+            [self._cell(trunk, domain, method, seed, protocol) for domain in self.domains]
             for seed in self.seeds
             for trunk, protocol in self.trunks
             for method in self.methods
             if isinstance(read_method(method), Compressed)
         ]
+
+    def _cell(self, trunk: Trunk, domain: str, method: str, seed: int, protocol: Protocol) -> Cell:
+        return Cell(self.name, trunk, str(self.data), domain, method, seed, protocol, self.graphed)
 
 
 @dataclass

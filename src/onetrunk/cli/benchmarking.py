@@ -38,6 +38,9 @@ Methods = Annotated[
 Domains = Annotated[str, typer.Option(help="With commas between; by default all but the base.")]
 Seeds = Annotated[str, typer.Option(help="With commas between.")]
 Full = Annotated[bool, typer.Option("--full/--small", help="Every image at 64 px, for one GPU.")]
+Graphed = Annotated[
+    bool, typer.Option("--graphed", help="On CUDA: record a step once and replay it.")
+]
 Workers = Annotated[int, typer.Option(min=1, help="Processes, each with one thread.")]
 ReportOnly = Annotated[
     bool, typer.Option("--report-only", help="Compute nothing: report what is there.")
@@ -53,6 +56,7 @@ def mini(
     domains: Domains = "",
     seeds: Seeds = "0",
     full: Full = False,
+    graphed: Graphed = False,
     workers: Workers = 2,
     report_only: ReportOnly = False,
     as_json: AsJson = False,
@@ -61,7 +65,7 @@ def mini(
 
     Example: onetrunk benchmark mini domains --out results/mini --methods "head; full; parallel"
     """
-    wish = _wish(folder, out, backbones, methods, domains, seeds, full)
+    wish = _wish(folder, out, backbones, methods, domains, seeds, full, graphed)
     _run("mini", wish, workers, report_only, Screen(as_json))
 
 
@@ -75,6 +79,7 @@ def transfer(
     domains: Domains = "",
     seeds: Seeds = "0,1,2",
     full: Full = False,
+    graphed: Graphed = False,
     workers: Workers = 2,
     report_only: ReportOnly = False,
     as_json: AsJson = False,
@@ -87,7 +92,7 @@ def transfer(
 
     from ..benchmark.studies import ALL
 
-    wish = _wish(folder, out, backbones, methods, domains, seeds, full)
+    wish = _wish(folder, out, backbones, methods, domains, seeds, full, graphed)
     numbers = per_class.replace("all", str(ALL))
     wish = dataclasses.replace(wish, per_class=_numbers(numbers, "--per-class"))
     _run("transfer", wish, workers, report_only, Screen(as_json))
@@ -102,6 +107,7 @@ def stages(
     domains: Domains = "",
     seeds: Seeds = "0",
     full: Full = False,
+    graphed: Graphed = False,
     workers: Workers = 2,
     report_only: ReportOnly = False,
     as_json: AsJson = False,
@@ -110,7 +116,7 @@ def stages(
 
     Example: onetrunk benchmark stages domains --backbone "resnet26(width=0.5)"
     """
-    wish = _wish(folder, out, backbones, methods, domains, seeds, full)
+    wish = _wish(folder, out, backbones, methods, domains, seeds, full, graphed)
     _run("stages", wish, workers, report_only, Screen(as_json))
 
 
@@ -166,6 +172,7 @@ def _wish(
     domains: str,
     seeds: str,
     full: bool,
+    graphed: bool,
 ) -> "Wish":
     from ..benchmark.studies import Wish
 
@@ -177,6 +184,7 @@ def _wish(
         domains=_listed(domains, ","),
         seeds=_numbers(seeds, "--seeds"),
         full=full,
+        graphed=graphed,
     )
 
 
