@@ -67,7 +67,7 @@ class Trunk:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is computed; `data` is the folder of domains. How, `graphed` (see `fit`), is in no key."""
+    """What is computed; `data` is a folder of domains. How, `graphed` (see `fit`), is in no key."""
 
     study: str
     trunk: Trunk
