@@ -335,5 +335,5 @@ def build_optimizer(model: nn.Module, recipe: Recipe, n_images: int) -> optim.Op
         for (rate, weight_decay), params in groups.items()
     ]
     if recipe.optimizer == "adamw":
-        return optim.AdamW(listed)
+        return optim.AdamW(listed, fused=True)  # one call for all parameters, not ten for each
     return optim.SGD(listed, momentum=recipe.momentum, nesterov=recipe.nesterov)
