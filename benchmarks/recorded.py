@@ -1,4 +1,4 @@
-"""Steps a second on a CUDA device, ordinary and recorded as a CUDA graph: noise, 64 pixels, batch 64.
+"""Steps a second on a CUDA device, ordinary and recorded as a CUDA graph; 64 images at 64 pixels.
 
     python benchmarks/recorded.py "timm:tf_efficientnet_lite0" "lowrank(rank=16)"
 

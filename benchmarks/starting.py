@@ -1,4 +1,4 @@
-"""How long it takes to attach a domain, and what importing onetrunk adds to importing torch.
+"""How long it takes to attach and to load a domain, and what importing onetrunk adds to torch.
 
     python benchmarks/starting.py        under a minute on one core; prints a Markdown table
 
@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -43,6 +44,16 @@ def attaching(n_times: int = 10) -> None:
     print(f"\nattach(resnet50, parallel), the dry run at 224 pixels included: {row} ms")
 
 
+def loading(n_times: int = 60) -> None:
+    backbone = ot.backbone("timm:resnet18", pretrained=False)
+    with tempfile.TemporaryDirectory() as folder:
+        bank = ot.Bank.create(f"{folder}/bank", backbone)
+        bank.add("domain", ot.attach(backbone, ot.LowRank(32), CLASSES, input_size=(3, 64, 64)))
+        megabytes = bank.domains["domain"].size / 1e6
+        row = quartiles(lambda: bank.load("domain"), n_times)
+    print(f"\nbank.load(resnet18, lowrank(rank=32)), {megabytes:.1f} MB: {row} ms")
+
+
 def importing(n_times: int = 7) -> None:
     """`import onetrunk` and what it really brings, on top of `import torch`; separate processes."""
     print("\n| in a process that has imported torch | ms more |\n|---|---:|")
@@ -63,6 +74,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"onetrunk {ot.__version__}, torch {torch.__version__}, one thread\n")
     attaching()
+    loading()
     importing()
 
 

@@ -9,6 +9,7 @@ Loading a domain costs a copy of the backbone's module tree (8 ms for ResNet-18)
 the domain's own bytes, however many domains there are.
 """
 
+import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -659,7 +660,8 @@ def _refuse_changed_basis(name: str, model: nn.Module, domain: Domain, basis: Ba
 
 
 def _place_of(backbone: nn.Module) -> torch.device:
-    return next((t.device for t in backbone.state_dict().values()), torch.device("cpu"))
+    tensors = itertools.chain(backbone.parameters(), backbone.buffers())
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
