@@ -42,7 +42,7 @@ def recorded(monkeypatch):
 
     def record_steps(loop: fit_module.Loop) -> None:
         trained = [p for group in loop.optimizer.param_groups for p in group["params"]]
-        loop.graphed = GraphedStep(loop._loss_of, trained, rerun(trained))
+        loop.graphed = GraphedStep(loop._with_gradients, trained, rerun(trained))
 
     monkeypatch.setattr(fit_module.Loop, "record_steps", record_steps)
 

@@ -29,7 +29,7 @@ from .checkpoint import Checkpoint, make_folder, read_checkpoint, write_checkpoi
 from .distributed import check_batch, world
 from .evaluate import logits_of
 from .examples import Examples, Progress, examples_of, one_ahead
-from .graphed import N_BEFORE, GraphedStep, cuda_graph
+from .graphed import GraphedStep, cuda_graph
 from .randomness import own_draws, reseed, seed_of, uninterrupted
 from .recipe import SHORT, Recipe, build_optimizer
 
@@ -225,23 +225,25 @@ class Loop:
         self.forward = self.world.wrap(model)
         self.steps_an_epoch = len(train) // self.batch_size
         self.n_epochs = recipe.n_epochs(len(train))
-        self.n_steps = self.steps_an_epoch * self.n_epochs
+        self.n_steps = recipe.n_steps(len(train))
         self.dtype = next(model.parameters()).dtype
         self.autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=_autocasts(recipe, device)
         )
         self.held_norms = held_norms(model, recipe, len(train))
         self.graphed: GraphedStep | None = None
-        self.ordinary_steps = 0  # of this run, not of a checkpoint's
         self.failed = False  # then network and step do not belong together: nothing to keep
 
     def steps(self) -> Generator[Step, None, None]:
+        with_gradients = self.graphed or self._with_gradients
         with closing(self.batches()) as batches:
             for x_bchw, labels_b in batches:
                 with uninterrupted():
                     self.begin()
                     with own_draws(self.device):
-                        loss = self._with_gradients(x_bchw, labels_b)
+                        reseed(self.draws_seed, self.device)
+                        x_bchw = x_bchw.to(self.device, self.dtype)
+                        loss = with_gradients(x_bchw, labels_b.to(self.device))
                     found = self.finish(loss)
                 yield self.record(found)
 
@@ -257,7 +259,7 @@ class Loop:
                 "graphs are for one process on a CUDA device. Leave graphed out."
             )
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.graphed = GraphedStep(self._loss_of, trained, cuda_graph)
+        self.graphed = GraphedStep(self._with_gradients, trained, cuda_graph)
 
     def batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """What is still to be done, a batch (b, c, h, w) and its labels (b,) a step.
@@ -321,6 +323,7 @@ class Loop:
 
     def leave(self) -> None:
         """Gradients are let go, and the network is as it is used."""
+        self.graphed = None
         self.optimizer.zero_grad()
         self.model.eval()
 
@@ -347,20 +350,13 @@ class Loop:
 
     def _with_gradients(self, x_bchw: Tensor, labels_b: Tensor) -> Tensor:
         """The loss of a batch, whose gradients are at the parameters then."""
-        reseed(self.draws_seed, self.device)
-        if self.graphed is not None and self.ordinary_steps >= N_BEFORE:
-            return self.graphed(x_bchw.to(self.device, self.dtype), labels_b.to(self.device))
-        loss = self._loss_of(x_bchw, labels_b)
+        loss = self.loss(self._logits(x_bchw), labels_b)
         loss.backward()
-        self.ordinary_steps += 1
         return loss.detach()  # a recording needs the graph of this one gone
-
-    def _loss_of(self, x_bchw: Tensor, labels_b: Tensor) -> Tensor:
-        return self.loss(self._logits(x_bchw), labels_b)
 
     def _logits(self, x_bchw: Tensor) -> Tensor:
         with self.autocast, told_of_lone_image(len(x_bchw)):
-            y = self.forward(x_bchw.to(self.device, self.dtype))
+            y = self.forward(x_bchw)
         # torchvision's Inception and GoogLeNet put auxiliary logits behind in train mode
         return y if isinstance(y, Tensor) else y[0]
 
@@ -372,7 +368,7 @@ class Loop:
             raise self._stopped(f"the network has NaN or infinity after step {self.run.step}")
         accuracy, best = None, False
         if self.val is not None:
-            logits_nc = logits_of(self.model, self.val, 256 if self.device.type == "cuda" else 64)
+            logits_nc = logits_of(self.model, self.val)
             if not torch.isfinite(logits_nc).all():
                 raise self._stopped(f"the validation logits are not finite at step {self.run.step}")
             accuracy = float((logits_nc.argmax(1) == self.val.labels).double().mean())

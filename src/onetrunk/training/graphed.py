@@ -15,7 +15,7 @@ from ..errors import TrainingError
 
 N_BEFORE = 2  # ordinary steps: libraries choose their kernels in them
 
-LossOf = Callable[[Tensor, Tensor], Tensor]
+WithGradients = Callable[[Tensor, Tensor], Tensor]
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
@@ -23,17 +23,24 @@ class GraphedStep:
     """Losses and gradients of batches of one shape.
 
     Args:
-        loss_of: batch (b, c, h, w) and labels (b,) -> loss; its backward is recorded with it.
-        trained: the parameters whose gradients it leaves, each time in the same memory.
-        record: runs a function and gives back one that computes it again in the same memory.
+        ordinary: batch (b, c, h, w) and labels (b,) -> loss, without its autograd graph; leaves
+            gradients at the parameters.
+        trained: the parameters, whose gradients are in the same memory from the recording on.
+        record: gives back a function that computes again what it is given, in the same memory.
     """
 
-    def __init__(self, loss_of: LossOf, trained: Sequence[nn.Parameter], record: Record) -> None:
-        self.loss_of, self.trained, self.record = loss_of, trained, record
+    def __init__(
+        self, ordinary: WithGradients, trained: Sequence[nn.Parameter], record: Record
+    ) -> None:
+        self.ordinary, self.trained, self.record = ordinary, trained, record
+        self.n_ordinary = 0
         self.replay: Callable[[], None] | None = None
 
     def __call__(self, x_bchw: Tensor, labels_b: Tensor) -> Tensor:
         """The loss; every gradient is that of this batch."""
+        if self.n_ordinary < N_BEFORE:
+            self.n_ordinary += 1
+            return self.ordinary(x_bchw, labels_b)
         if self.replay is None:
             self.x_bchw, self.labels_b = x_bchw.clone(), labels_b.clone()
             self.replay = self.record(self._compute)
@@ -48,9 +55,7 @@ class GraphedStep:
     def _compute(self) -> None:
         for parameter in self.trained:
             parameter.grad = None
-        loss = self.loss_of(self.x_bchw, self.labels_b)
-        loss.backward()
-        self.loss = loss.detach()
+        self.loss = self.ordinary(self.x_bchw, self.labels_b)
 
 
 def cuda_graph(compute: Callable[[], None]) -> Callable[[], None]:

@@ -172,7 +172,11 @@ class Recipe:
         return max(5, min(90, round(900 / n_images**0.5)))
 
     def n_steps(self, n_images: int) -> int:
-        """The steps of a training on `n_images` images."""
+        """The steps of a training on `n_images` images.
+
+        >>> Recipe(epochs=3).n_steps(100), Recipe(epochs=3).n_steps(10)
+        (9, 3)
+        """
         return self.n_epochs(n_images) * max(1, n_images // self.batch_size)
 
     def adapter_decay(self, n_images: int) -> float:
