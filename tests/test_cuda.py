@@ -19,6 +19,7 @@ from onetrunk.benchmark.speed.subjects import take_apart
 from onetrunk.benchmark.study import Study, domains_in, run
 from onetrunk.core.adapters import read_family
 from onetrunk.core.attach import delta
+from onetrunk.data import Preprocessing
 from onetrunk.errors import TrainingError
 from onetrunk.training.graphed import cuda_graph
 
@@ -124,6 +125,16 @@ def test_what_was_trained_on_a_gpu_is_stored_loaded_merged_and_mixed(tmp_path):
     expected = torch.stack([logits[("one", "other")[int(i)]][row] for row, i in enumerate(rows)])
     found = torch.stack([y[:3] for y in mixed(x.cuda(), rows)]).detach().cpu()
     close(found, expected, 1e-3)
+
+
+def test_views_of_images_on_a_gpu_are_those_on_the_cpu():
+    preprocessing = Preprocessing(size_px=24)
+    side = preprocessing.prepared_px
+    x_bchw, seeds = torch.randint(0, 256, (8, 3, side, side), dtype=torch.uint8), range(8)
+    views = [
+        preprocessing.training_view(x, seeds, scale=(0.4, 1.0)) for x in (x_bchw, x_bchw.cuda())
+    ]
+    close(views[1].cpu(), views[0], 0.02)  # one grey level
 
 
 def test_domains_in_one_batch_are_trained_as_alone():

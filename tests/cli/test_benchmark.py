@@ -45,6 +45,14 @@ def test_transfer_has_a_cell_for_each_number_of_images(run, domains, tmp_path):
     assert json.loads(done.out)["cells"] == 4
 
 
+def test_recorded_steps_without_a_gpu_are_told_of_cell_by_cell(run, domains, tmp_path):
+    words = ("benchmark", "mini", domains, "--out", tmp_path, *TINY, "--methods", "norm")
+    ran = run(*words, "--graphed")
+    assert ran.status == 1
+    assert "left out: resnet26(width=0.125) norm shades: fit(graphed=True) on cpu" in ran.err
+    assert not (tmp_path / "cells.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [

@@ -12,9 +12,10 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.transforms.v2 import functional
 
 from onetrunk.data import Preprocessing, view_seeds
-from onetrunk.data.preprocessing import _boxes
+from onetrunk.data.preprocessing import _boxes, _uniforms
 from onetrunk.errors import DataError
 
 SMALL = Preprocessing(size_px=24, crop_ratio=0.75, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
@@ -134,6 +135,25 @@ def test_evaluation_view_is_the_normalised_centre() -> None:
     for x_chw, view_chw in zip(x_bchw, view_bchw, strict=True):
         expected = naive_normal(x_chw[:, 4:28, 4:28], SMALL)
         torch.testing.assert_close(view_chw.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_resized_crop_is_torchvisions(channels: int) -> None:
+    """Within one grey level: older processors round elsewhere."""
+    plain = Preprocessing(
+        size_px=24, channels=channels, mean=(0.0,) * channels, std=(1 / 255,) * channels
+    )  # fmt: skip
+    side = plain.prepared_px
+    x_bchw = torch.randint(0, 256, (32, channels, side, side), dtype=torch.uint8)
+    seeds, scale = view_seeds(0, 1, range(32)), (0.4, 1.0)
+    draws = _uniforms(seeds, 32)
+    boxes, flipped = _boxes(draws, side, scale), plain._flipped(draws)
+    for view, x_chw, box, flip in zip(
+        plain.training_view(x_bchw, seeds, scale=scale), x_bchw, boxes, flipped, strict=True
+    ):
+        crop = functional.resized_crop(x_chw, *box.tolist(), size=[24, 24], antialias=True)
+        expected = (crop.flip(-1) if flip else crop).float()
+        assert (view - expected).abs().max() <= 1
 
 
 def test_a_training_view_is_some_crop_perhaps_mirrored() -> None:

@@ -144,7 +144,7 @@ class Protocol:
 
 
 SMALL = Protocol()
-"""For two CPU cores: a domain and method in one to three minutes."""
+"""For two CPU cores: a domain and method in two to eight minutes on one of them."""
 
 FULL = Protocol(
     images=10**9, val_images=10**9, size_px=64, least_steps=300, batch_size=64,
