@@ -120,6 +120,32 @@ def test_a_trained_weight_and_dropout_on_the_adapters_input_take_the_plain_step(
     assert n_convolutions(trained) == 3
 
 
+@pytest.mark.parametrize("family", [ot.LowRank(2), ot.Series(), ot.Parallel(), ot.Channelwise()])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_1x1_convolution_over_channels_last_memory_is_a_product_of_matrices(
+    family: Any, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onetrunk.core.fused.pays", lambda adapter, site: False)
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Conv2d(3, 5, 1, bias=bias), nn.Flatten(), nn.Linear(5 * 6, 3)).double()
+    model = drawn(attach(net, family, CLASSES, input_size=(3, 3, 2), norms="placed").train())
+    adapted, x = model[0], torch.randn(4, 3, 3, 2, dtype=torch.float64)
+
+    def step(way: Any, layout: torch.memory_format) -> tuple[int, list[Tensor]]:
+        ours = x.to(memory_format=layout).requires_grad_()
+        with Forward() as seen:
+            y = way(adapted, ours)
+        own = [p for p in adapted.adapter.parameters() if p.requires_grad]
+        return seen.calls, [y, *torch.autograd.grad(y.square().sum(), [ours, *own])]
+
+    calls, found = step(Adapted.forward, torch.channels_last)
+    plain_calls, expected = step(Adapted.plain, torch.contiguous_format)
+    assert calls == 0 < plain_calls == step(Adapted.forward, torch.contiguous_format)[0]
+    for ours, plain in zip(found, expected, strict=True):
+        assert (ours - plain).abs().max() <= 1e-12 * plain.abs().max()
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_it_differentiates_twice(geometry: dict[str, Any]) -> None:
     torch.manual_seed(2)

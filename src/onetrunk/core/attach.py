@@ -19,7 +19,7 @@ from ..errors import AttachError, BackboneError, DataError
 from ..tensorfile import fingerprint_of
 from .adapters import Adapter, Family, Full, LowRank, Norm, Shared
 from .basis import Basis
-from .fused import FOLDING_DEVICES, folded_product, folds
+from .fused import FOLDING_DEVICES, folded_product, folds, is_matrix, product
 from .plan import Plan, Where, default_family, place
 from .sites import Site, Tap, site_of
 from .trace import Size, Trace, timm_classifier, trace
@@ -96,15 +96,16 @@ class Adapted(nn.Module):
         super().__init__()
         self.layer, self.adapter = layer, adapter
         self.tap = Tap.of(layer, site) if isinstance(layer, nn.Conv2d) else None
-        self.folds = folds(layer, adapter, site)
+        self.folds, self.is_matrix = folds(layer, adapter, site), is_matrix(layer, site)
 
     def forward(self, x: Tensor) -> Tensor:
-        pays = self.folds and x.device.type in FOLDING_DEVICES
-        if self.training and pays and torch.is_grad_enabled() and self._untouched():
-            a_oi = self.adapter.matrix()
-            if a_oi is not None:
-                return folded_product(self.layer, a_oi, x, self.tap)
-        return self.plain(x)
+        fused = (self.folds or self.is_matrix) and x.device.type in FOLDING_DEVICES
+        if not (fused and self.training and torch.is_grad_enabled() and self._untouched()):
+            return self.plain(x)
+        a_oi = self.adapter.matrix() if self.folds else None
+        if a_oi is not None:
+            return folded_product(self.layer, a_oi, x, self.tap)
+        return self.beside(x, product(self.layer, x) if self.is_matrix else self.layer(x))
 
     def plain(self, x: Tensor) -> Tensor:
         """The layer and the adapter beside it: what the fused step must equal."""

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters.base import Adapter, add_at_tap
-from .sites import KNOWN_CONVS, Site, Tap, forward_known, package_and_class
+from .adapters.base import Adapter, add_at_tap, has_pixels_in_rows, on_pixels
+from .sites import Site, Tap, forward_known
 
 FOLDING_DEVICES = ("cpu",)  # on a GPU small steps wait for launches, of which folding has more
 PASS = 16  # multiply-adds in the time of one pass over one number of an activation, about
@@ -37,9 +37,31 @@ def folds(layer: nn.Conv2d | nn.Linear, adapter: Adapter, site: Site) -> bool:
         return False
     if isinstance(layer, nn.Linear):
         return True
-    _, standardised = KNOWN_CONVS.get(package_and_class(layer), ("given", False))
     plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return plain and not site.same and not standardised
+    return plain and not site.same and not site.standardised
+
+
+def is_matrix(layer: nn.Conv2d | nn.Linear, site: Site) -> bool:
+    """Whether a convolution is a matrix on every pixel, and computes as its weight says."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and forward_known(layer)
+        and not site.standardised
+        and _sees_one_pixel(layer)
+    )
+
+
+def _sees_one_pixel(conv: nn.Conv2d) -> bool:
+    found = conv.kernel_size, conv.stride, conv.padding, conv.groups
+    return found == ((1, 1), (1, 1), (0, 0), 1)
+
+
+def product(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
+    """w x + b of a layer that `is_matrix`, as a product of matrices where memory allows it."""
+    if has_pixels_in_rows(x):
+        return on_pixels(x, layer.weight.flatten(1), layer._parameters["bias"])
+    found: Tensor = layer(x)
+    return found
 
 
 def folded_product(
@@ -60,6 +82,8 @@ def _folded_product(
     bias = None if bias is None else bias.to(x.dtype)
     if tap is None or isinstance(layer, nn.Linear):
         return F.linear(x, (layer.weight + a_oi).to(x.dtype), bias)
+    if _sees_one_pixel(layer) and has_pixels_in_rows(x):
+        return on_pixels(x, (layer.weight.flatten(1) + a_oi).to(x.dtype), bias)
     geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
     return _FoldedConv.apply(x, layer.weight, bias, a_oi, tap, *geometry)
 

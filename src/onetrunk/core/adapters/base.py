@@ -125,7 +125,23 @@ def mix_channels(x: Tensor, a_oi: Tensor, site: Site, groups: int | None = None)
     """A x: a 1x1 convolution over (b, i, h, w), or a matrix over the last axis of (..., i)."""
     if site.kind == "linear":
         return F.linear(x, a_oi)
-    return F.conv2d(x, a_oi[:, :, None, None], groups=site.groups if groups is None else groups)
+    groups = site.groups if groups is None else groups
+    if groups == 1 and has_pixels_in_rows(x):
+        return on_pixels(x, a_oi)
+    return F.conv2d(x, a_oi[:, :, None, None], groups=groups)
+
+
+def has_pixels_in_rows(x_bihw: Tensor) -> bool:
+    """Whether the memory is a matrix (b h w, i), so that `on_pixels` copies nothing.
+
+    On a CPU only: on a GPU float32 convolutions may round to TensorFloat-32, products do not.
+    """
+    return x_bihw.device.type == "cpu" and x_bihw.is_contiguous(memory_format=torch.channels_last)
+
+
+def on_pixels(x_bihw: Tensor, a_oi: Tensor, bias_o: Tensor | None = None) -> Tensor:
+    """A x + b at every pixel, as one product of matrices."""
+    return F.linear(x_bihw.movedim(1, -1), a_oi, bias_o).movedim(-1, 1)
 
 
 def drop_channels(x: Tensor, share: float, training: bool, site: Site) -> Tensor:
