@@ -122,7 +122,7 @@ def test_a_trained_weight_and_dropout_on_the_adapters_input_take_the_plain_step(
 
 @pytest.mark.parametrize("family", [ot.LowRank(2), ot.Series(), ot.Parallel(), ot.Channelwise()])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_1x1_convolution_over_channels_last_memory_is_a_product_of_matrices(
+def test_a_1x1_convolution_over_a_few_channels_last_pixels_is_a_product_of_matrices(
     family: Any, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onetrunk.core.fused.pays", lambda adapter, site: False)
@@ -144,6 +144,8 @@ def test_a_1x1_convolution_over_channels_last_memory_is_a_product_of_matrices(
     for ours, plain in zip(found, expected, strict=True):
         assert (ours - plain).abs().max() <= 1e-12 * plain.abs().max()
     assert found[0].is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr("onetrunk.core.adapters.base.FEW_PIXELS", 4 * 3 * 2 - 1)
+    assert step(Adapted.forward, torch.channels_last)[0] == plain_calls
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters.base import Adapter, add_at_tap, has_pixels_in_rows, on_pixels
+from .adapters.base import Adapter, add_at_tap, has_few_pixels, on_pixels
 from .sites import Site, Tap, forward_known
 
 FOLDING_DEVICES = ("cpu",)  # on a GPU small steps wait for launches, of which folding has more
@@ -57,8 +57,8 @@ def _sees_one_pixel(conv: nn.Conv2d) -> bool:
 
 
 def product(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
-    """w x + b of a layer that `is_matrix`, as a product of matrices where memory allows it."""
-    if has_pixels_in_rows(x):
+    """w x + b of a layer that `is_matrix`, as a product of matrices where that takes less time."""
+    if has_few_pixels(x):
         return on_pixels(x, layer.weight.flatten(1), layer._parameters["bias"])
     found: Tensor = layer(x)
     return found
@@ -82,7 +82,7 @@ def _folded_product(
     bias = None if bias is None else bias.to(x.dtype)
     if tap is None or isinstance(layer, nn.Linear):
         return F.linear(x, (layer.weight + a_oi).to(x.dtype), bias)
-    if _sees_one_pixel(layer) and has_pixels_in_rows(x):
+    if _sees_one_pixel(layer) and has_few_pixels(x):
         return on_pixels(x, (layer.weight.flatten(1) + a_oi).to(x.dtype), bias)
     geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
     return _FoldedConv.apply(x, layer.weight, bias, a_oi, tap, *geometry)

@@ -17,6 +17,7 @@ from ...errors import AttachError
 from ..sites import Site
 
 Init = Literal["identity", "released"]
+FEW_PIXELS = 1024  # of a batch, up to which a product takes less time: benchmarks/pixels.py
 
 
 @dataclass(frozen=True)
@@ -126,17 +127,19 @@ def mix_channels(x: Tensor, a_oi: Tensor, site: Site, groups: int | None = None)
     if site.kind == "linear":
         return F.linear(x, a_oi)
     groups = site.groups if groups is None else groups
-    if groups == 1 and has_pixels_in_rows(x):
+    if groups == 1 and has_few_pixels(x):
         return on_pixels(x, a_oi)
     return F.conv2d(x, a_oi[:, :, None, None], groups=groups)
 
 
-def has_pixels_in_rows(x_bihw: Tensor) -> bool:
-    """Whether the memory is a matrix (b h w, i), so that `on_pixels` copies nothing.
+def has_few_pixels(x_bihw: Tensor) -> bool:
+    """Whether the memory is a matrix (b h w, i) of so few rows that `on_pixels` takes less time.
 
     On a CPU only: on a GPU float32 convolutions may round to TensorFloat-32, products do not.
     """
-    return x_bihw.device.type == "cpu" and x_bihw.is_contiguous(memory_format=torch.channels_last)
+    n_rows = x_bihw.numel() // max(1, x_bihw.shape[1])
+    in_rows = x_bihw.is_contiguous(memory_format=torch.channels_last)
+    return x_bihw.device.type == "cpu" and in_rows and n_rows <= FEW_PIXELS
 
 
 def on_pixels(x_bihw: Tensor, a_oi: Tensor, bias_o: Tensor | None = None) -> Tensor:
