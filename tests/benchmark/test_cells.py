@@ -1,6 +1,7 @@
 """A cell: the same tuning for every method, resumed and never computed twice, test scored once."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -147,32 +148,43 @@ def test_what_a_key_depends_on(make_cell):
 
 
 @pytest.mark.parametrize(
-    ("tried", "beyond"),
+    ("accuracies", "best", "asked"),
     [
-        ({1 / 3: 0.5, 1.0: 0.6, 3.0: 0.5}, None),
-        ({1 / 3: 0.5, 1.0: 0.6, 3.0: 0.7}, 9.0),
-        ({1 / 3: 0.7, 1.0: 0.6, 3.0: 0.5}, 1 / 9),
-        ({1 / 3: 0.5, 1.0: 0.5, 3.0: 0.5}, None),
-        ({1 / 3: 0.1, 1.0: 0.2, 3.0: 0.3, 9.0: 0.4, 27.0: 0.5}, None),
+        ([0.1, 0.5, 0.6, 0.5, 0.1], 1.0, [1, 1 / 3, 3]),
+        ([0.1, 0.5, 0.6, 0.7, 0.6], 3.0, [1, 1 / 3, 3, 9]),
+        ([0.6, 0.7, 0.6, 0.9, 0.9], 1 / 3, [1, 1 / 3, 1 / 9]),
+        ([0.5, 0.5, 0.5, 0.5, 0.5], 1.0, [1, 1 / 3, 3]),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], 9.0, [1, 1 / 3, 3, 9]),
     ],
 )
-def test_the_grid_widens_where_its_best_lies_at_an_end_and_then_stops(tried, beyond):
-    assert Protocol().beyond(tried) == (None if beyond is None else pytest.approx(beyond))
+def test_the_rates_climb_while_each_is_better_and_stop_after_so_many_steps(accuracies, best, asked):
+    of_factor = dict(zip([-2, -1, 0, 1, 2], accuracies, strict=True))
+    factors = []
+
+    def accuracy(tuning: Tuning) -> float:
+        if tuning.factor not in factors:
+            factors.append(tuning.factor)
+        return of_factor[round(math.log(tuning.factor, 3))]
+
+    protocol = Protocol(most_steps=2)
+    assert protocol.climbed(accuracy, protocol.start).factor == pytest.approx(best)
+    assert factors == pytest.approx(asked)
 
 
 def test_the_search_goes_where_each_choice_before_it_led():
     asked = []
 
     def accuracy(tuning: Tuning) -> float:
-        asked.append(tuning)
-        near = {"batch": 0.5, "running": 0.1}[tuning.statistics]
-        return near - abs(tuning.factor - 1 / 3) - abs(tuning.decay - 1.0)
+        asked.append((tuning.statistics, round(tuning.factor, 2), tuning.decay))
+        best_factor, height = {"running": (1 / 3, 0.2), "batch": (3.0, 3.0)}[tuning.statistics]
+        return height - abs(math.log(tuning.factor / best_factor)) - abs(tuning.decay - 1.0)
 
-    protocol = Protocol(decays=(0.05, 1.0, 5.0))
-    assert protocol.search(accuracy) == Tuning(1 / 3, 1.0, "batch")
-    assert {t.statistics for t in asked[2:]} == {"batch"}
-    assert {t.factor for t in asked} == {1 / 9, 1 / 3, 1.0, 3.0}
-    assert max(t.decay for t in asked) == 5.0
+    assert Protocol().search(accuracy) == Tuning(3.0, 1.0, "batch")
+    assert list(dict.fromkeys(asked)) == [
+        ("running", 1.0, 0.05), ("running", 0.33, 0.05), ("running", 0.11, 0.05),
+        ("batch", 1.0, 0.05), ("batch", 3.0, 0.05), ("batch", 9.0, 0.05),
+        ("batch", 3.0, 1.0), ("batch", 3.0, 5.0),
+    ]  # fmt: skip
 
 
 def test_every_method_but_scratch_starts_at_the_probe(make_cell):
@@ -212,8 +224,10 @@ def test_a_subset_keeps_every_class_and_is_drawn_by_its_seed(domains):
 def test_a_protocol_refuses_what_is_none():
     with pytest.raises(TrainingError, match=r"epochs=0\): give at least 1"):
         Protocol(epochs=0)
-    with pytest.raises(TrainingError, match="two or more learning-rate factors"):
-        Protocol(factors=(1.0,))
+    with pytest.raises(TrainingError, match="a ratio of learning rates above 1"):
+        Protocol(ratio=1.0)
+    with pytest.raises(TrainingError, match="at least one step"):
+        Protocol(most_steps=0)
     with pytest.raises(TrainingError, match="give decays that rise"):
         Protocol(decays=(1.0, 0.1))
     with pytest.raises(TrainingError, match="give 'batch', 'running' or both"):

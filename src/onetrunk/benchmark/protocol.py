@@ -1,11 +1,12 @@
 """Protocol: everything that the cells of one study have in common, as typed fields.
 
 Every method starts at the linear probe's head and has the same tuning: whole trainings, whose best
-epoch on validation images chooses. First which statistics batch norms train with; then the learning
-rates, the recipe's times each of `factors`, and where the best lies at an end of the row one more
-beyond it, up to twice; then higher decays for as long as each is better. The best training is the
-result, and its test images are scored once. Other seeds than `TUNED_SEED` train once, at the
-setting that it chose.
+epoch on validation images chooses. Learning rates are the recipe's times a power of `ratio`; the
+search climbs from the recipe's own, down or up, for as long as each is better. Batch norms keep the
+backbone's statistics first; where the batch's are better at the recipe's rates, the climb begins
+anew there. Then higher decays for as long as each is better. The best training is the result, and
+its test images are scored once. Other seeds than `TUNED_SEED` train once, at the setting that it
+chose.
 
 A trial is as long as the training it stands for: short ones choose what is fastest, not what is
 best, and that costs slow starters such as adapters more than fine-tuning.
@@ -42,9 +43,10 @@ class Protocol:
         per_class: training images of each class at most instead of `images`; None: not limited.
         size_px: side of the square that the network sees.
         epochs, least_steps: passes of a training, and more where it would have fewer steps.
-        factors: on the recipe's learning rates, rising by a constant ratio.
+        ratio, most_steps: learning rates are the recipe's times a power of `ratio`, whose exponent
+            is at most `most_steps` up or down.
         decays: weight decays, rising; the first one goes with the other trials.
-        statistics: what batch norms may train with (`Recipe.norm_statistics`).
+        statistics: what batch norms may train with (`Recipe.norm_statistics`), in this order.
         batch_size: images a step.
         tune_epochs: passes when the factors of a joint compression are tuned.
     """
@@ -56,7 +58,8 @@ class Protocol:
     size_px: int = 48
     epochs: int = 10
     least_steps: int = 200
-    factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
+    ratio: float = 3.0
+    most_steps: int = 3
     decays: tuple[float, ...] = (0.05, 1.0, 5.0)
     statistics: tuple[Statistics, ...] = ("running", "batch")
     batch_size: int = 16
@@ -66,9 +69,10 @@ class Protocol:
         for field in ("images", "least_per_class", "val_images", "epochs", "least_steps"):
             if getattr(self, field) < 1:
                 raise TrainingError(f"Protocol({field}={getattr(self, field)}): give at least 1.")
-        if len(self.factors) < 2 or list(self.factors) != sorted(set(self.factors)):
+        if self.ratio <= 1 or self.most_steps < 1:
             raise TrainingError(
-                f"Protocol(factors={self.factors}): give two or more learning-rate factors, rising."
+                f"Protocol(ratio={self.ratio}, most_steps={self.most_steps}): give a ratio of "
+                "learning rates above 1 and at least one step."
             )
         if not self.decays or list(self.decays) != sorted(set(self.decays)):
             raise TrainingError(f"Protocol(decays={self.decays}): give decays that rise.")
@@ -109,33 +113,34 @@ class Protocol:
 
     def search(self, accuracy: Callable[[Tuning], float]) -> Tuning:
         """The setting that did best; `accuracy` is asked for each once or more."""
-        settings = [dataclasses.replace(self.start, statistics=s) for s in self.statistics]
-        best = max(settings, key=accuracy)  # of equals the first
-        tried = {f: accuracy(dataclasses.replace(best, factor=f)) for f in self.factors}
-        while (factor := self.beyond(tried)) is not None:
-            tried[factor] = accuracy(dataclasses.replace(best, factor=factor))
-        best = dataclasses.replace(best, factor=self.best(tried))
+        best = self.climbed(accuracy, self.start)
+        for statistics in self.statistics[1:]:
+            other = dataclasses.replace(self.start, statistics=statistics)
+            if accuracy(other) > accuracy(best):
+                best = self.climbed(accuracy, other)
         for decay in self.decays[1:]:
             more = dataclasses.replace(best, decay=decay)
-            if accuracy(more) <= accuracy(best):
+            if accuracy(best) >= accuracy(more):
                 break
             best = more
         return best
 
-    def best(self, tried: dict[float, float]) -> float:
-        """The factor of the highest accuracy; of equals the one nearest to the row's middle."""
-        row = sorted(tried)
-        return max(row, key=lambda factor: (tried[factor], -abs(row.index(factor) - len(row) / 2)))
+    def climbed(self, accuracy: Callable[[Tuning], float], start: Tuning) -> Tuning:
+        """The best rates that a climb from `start` comes to, while each is better than the last.
 
-    def beyond(self, tried: dict[float, float]) -> float | None:
-        """The next factor to try where the best of `tried` (factor -> accuracy) lies at an end."""
-        row, best = sorted(tried), self.best(tried)
-        if len(row) >= len(self.factors) + 2:
-            return None
-        ratio = self.factors[1] / self.factors[0]
-        if best == row[0]:
-            return best / ratio
-        return best * ratio if best == row[-1] else None
+        It first goes where the optimum is more often: down with the backbone's statistics, which
+        do not follow what a high rate changes, up with the batch's.
+        """
+        best, down_and_up = start, (1 / self.ratio, self.ratio)
+        for step in down_and_up if start.statistics == "running" else reversed(down_and_up):
+            for n in range(1, self.most_steps + 1):
+                following = dataclasses.replace(start, factor=start.factor * step**n)
+                if accuracy(best) >= accuracy(following):
+                    break
+                best = following
+            if best != start:
+                break
+        return best
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
