@@ -27,6 +27,8 @@ REFUSED = [
     ({"lr": "0.1"}, "lr='0.1'): give a number"),
     ({"lr": math.nan}, "lr=nan): give a number"),
     ({"lr_full": math.inf}, "lr_full=inf): give a number"),
+    ({"head_lr_ratio": -1}, "head_lr_ratio=-1): give a number of 0 or more"),
+    ({"loraplus_lr_ratio": 0}, "loraplus_lr_ratio=0): give a number above 0"),
     ({"decay_adapter": None}, "decay_adapter=None): give a number"),
     ({"decay_norm": -1}, "decay_norm=-1): give a number"),
     ({"decay_head": -1}, "decay_head=-1): give a number"),
@@ -166,7 +168,7 @@ KINDS: dict[str, dict[str, str]] = {
     "lowrank(rank=2)": {
         **HEAD,
         **NORMS,
-        "block.conv.adapter.v_ri": "adapter",
+        "block.conv.adapter.v_ri": "inner",
         "block.conv.adapter.u_or": "adapter",
     },
     "series": {
@@ -214,13 +216,16 @@ def test_rate_and_decay_follow_the_kind_whatever_the_order(family: str, optimize
         optimizer=optimizer,
         lr=1.0,
         lr_full=2.0,
+        head_lr_ratio=0.1,
+        loraplus_lr_ratio=4.0,
         decay_adapter=0.9,
         decay_by_size=((100, 0.3),),
         decay_norm=0.4,
         decay_head=0.5,
         decay_full=0.6,
     )
-    decay = {"adapter": 0.3, "norm": 0.4, "head": 0.5, "full": 0.6}
+    lr = {"adapter": 1.0, "inner": 0.25, "norm": 1.0, "head": 0.1, "full": 2.0}
+    decay = {"adapter": 0.3, "inner": 0.3, "norm": 0.4, "head": 0.5, "full": 0.6}
     for turned in (False, True):
         model = domain(family, turned)
         named = {id(p): (name, p) for name, p in model.named_parameters()}
@@ -230,7 +235,7 @@ def test_rate_and_decay_follow_the_kind_whatever_the_order(family: str, optimize
                 found[named[id(parameter)][0]] = (group["peak_lr"], group["weight_decay"])
         expected = {
             name: (
-                2.0 if kind == "full" else 1.0,
+                lr[kind],
                 0.4 if model.get_parameter(name).ndim == 1 else decay[kind],
             )
             for name, kind in KINDS[family].items()

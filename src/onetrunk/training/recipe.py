@@ -1,8 +1,9 @@
 """Recipe: everything that decides a training but the data, as typed fields.
 
-A parameter's kind (adapter, norm, head, full) is decided once from the module that holds it, and
-learning rate and decay follow the kind; nothing depends on the order of parameters (in the authors'
-released optimiser the decay of one layer leaks into the next, see RELEASED).
+A parameter's kind (adapter, an adapter's inner factor, norm, head, full) is decided once from the
+module that holds it, and learning rate and decay follow the kind; nothing depends on the order of
+parameters (in the authors' released optimiser the decay of one layer leaks into the next, see
+RELEASED).
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from ..core.attach import domain_of
 from ..core.tree import is_norm
 from ..errors import TrainingError
 
-Kind = Literal["adapter", "norm", "head", "full"]
+Kind = Literal["adapter", "inner", "norm", "head", "full"]
 SHORT = 600  # steps up to which norms may keep the backbone's statistics: docs/recipes.md
 BySize = tuple[tuple[int, float], ...]  # (up to so many training images, value), then the rest
 
@@ -35,6 +36,9 @@ class Recipe:
         optimizer: `adamw` or `sgd`.
         lr: the highest learning rate, of adapters, norms and head.
         lr_full: the same of pretrained weights that are trained themselves (`Full`).
+        head_lr_ratio: the head's learning rate over `lr`.
+        loraplus_lr_ratio: how many times faster U of an adapter U V learns than V, whose rate is
+            `lr` over it (LoRA+, Hayou et al., ICML 2024; PEFT's name for it).
         momentum, nesterov: of SGD.
         decay_adapter, decay_norm, decay_head, decay_full: weight decay by kind of parameter.
         decay_by_size: a table ((n, decay), ...), the smallest n first: the adapters' decay for
@@ -64,6 +68,8 @@ class Recipe:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 5e-3
     lr_full: float = 5e-4
+    head_lr_ratio: float = 1.0
+    loraplus_lr_ratio: float = 1.0
     momentum: float = 0.9
     nesterov: bool = False
     decay_adapter: float = 0.05
@@ -91,6 +97,10 @@ class Recipe:
         for name in ("lr", "lr_full", "decay_adapter", "decay_norm", "decay_head", "decay_full"):
             if not _is_number(getattr(self, name)):
                 raise self._refused(name, "a number of 0 or more")
+        if not _is_number(self.head_lr_ratio):
+            raise self._refused("head_lr_ratio", "a number of 0 or more")
+        if not (_is_number(self.loraplus_lr_ratio) and self.loraplus_lr_ratio):
+            raise self._refused("loraplus_lr_ratio", "a number above 0")
         for name in ("warmup", "momentum", "label_smoothing"):
             if not _is_number(getattr(self, name)) or getattr(self, name) >= 1:
                 raise self._refused(name, "a share from 0 to below 1")
@@ -188,8 +198,8 @@ class Recipe:
 
 
 _FLOATS = (
-    "lr", "lr_full", "momentum", "decay_adapter", "decay_norm", "decay_head", "decay_full",
-    "warmup", "label_smoothing", "clip_norm",
+    "lr", "lr_full", "head_lr_ratio", "loraplus_lr_ratio", "momentum", "decay_adapter",
+    "decay_norm", "decay_head", "decay_full", "warmup", "label_smoothing", "clip_norm",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adamw", "sgd"),
@@ -303,7 +313,7 @@ def kinds(model: nn.Module) -> dict[str, Kind]:
 
 def _kind(owner: nn.Module, name: str, heads: tuple[str, ...]) -> Kind:
     if isinstance(owner, Adapter):
-        return "adapter"
+        return "inner" if name.rpartition(".")[2] in owner.inner else "adapter"
     if is_norm(owner):
         return "norm"
     return "head" if name.startswith(heads) else "full"
@@ -317,12 +327,14 @@ def build_optimizer(model: nn.Module, recipe: Recipe, n_images: int) -> optim.Op
     """
     lr: dict[Kind, float] = {
         "adapter": recipe.lr,
+        "inner": recipe.lr / recipe.loraplus_lr_ratio,
         "norm": recipe.lr,
-        "head": recipe.lr,
+        "head": recipe.lr * recipe.head_lr_ratio,
         "full": recipe.lr_full,
     }
     decay: dict[Kind, float] = {
         "adapter": recipe.adapter_decay(n_images),
+        "inner": recipe.adapter_decay(n_images),
         "norm": recipe.decay_norm,
         "head": recipe.decay_head,
         "full": recipe.decay_full,

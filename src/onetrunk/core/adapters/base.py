@@ -41,6 +41,7 @@ class Adapter(nn.Module, abc.ABC):
     """The numbers that one domain keeps at one site."""
 
     reads_input: ClassVar[bool]  # whether `forward` looks at `x`; where not, `x` is `y`
+    inner: ClassVar[tuple[str, ...]] = ()  # of a product's factors those that the input meets first
 
     @abc.abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

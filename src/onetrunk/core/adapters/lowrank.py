@@ -74,6 +74,7 @@ class LowRank(Family):
 
 class LowRankAdapter(Adapter):
     reads_input = True
+    inner = ("v_ri",)
 
     def __init__(self, site: Site, family: LowRank, generator: Generator) -> None:
         super().__init__()
