@@ -6,7 +6,7 @@
     python benchmarks/recipe.py --stage large        20,800 images
     python benchmarks/recipe.py --stage statistics   norms at the backbone's statistics or a batch's
     python benchmarks/recipe.py --stage rates        the same at several learning rates, 300 and all
-    python benchmarks/recipe.py --stage ratios       slower heads and inner factors, 300 images
+    python benchmarks/recipe.py --stage ratios       slower heads and inner factors, 200 steps
     python benchmarks/recipe.py --stage table        the table of docs/recipes.md
 
 Needs ONETRUNK_DATA (a folder of Parquet domains); the ResNets' weights are beside it, in weights/.
