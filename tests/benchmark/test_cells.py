@@ -226,7 +226,7 @@ def test_a_protocol_refuses_what_is_none():
         Protocol(epochs=0)
     with pytest.raises(TrainingError, match="a ratio of learning rates above 1"):
         Protocol(ratio=1.0)
-    with pytest.raises(TrainingError, match="at least one step"):
+    with pytest.raises(TrainingError, match=r"most_steps=0\): give at least 1"):
         Protocol(most_steps=0)
     with pytest.raises(TrainingError, match="give decays that rise"):
         Protocol(decays=(1.0, 0.1))

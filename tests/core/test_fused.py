@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import StdConv2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -146,6 +147,15 @@ def test_a_1x1_convolution_over_a_few_channels_last_pixels_is_a_product_of_matri
     assert found[0].is_contiguous(memory_format=torch.channels_last)
     monkeypatch.setattr("onetrunk.core.adapters.base.FEW_PIXELS", 4 * 3 * 2 - 1)
     assert step(Adapted.forward, torch.channels_last)[0] == plain_calls
+
+
+def test_a_1x1_convolution_that_standardises_its_weight_stays_a_convolution() -> None:
+    conv = StdConv2d(8, 8, 1)
+    net = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    model = drawn(attach(net, ot.LowRank(2), CLASSES, input_size=(8, 3, 2)).train())
+    x = torch.randn(4, 8, 3, 2).to(memory_format=torch.channels_last)
+    with torch.enable_grad():
+        assert torch.equal(model[0](x), model[0].plain(x))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)

@@ -66,13 +66,13 @@ class Protocol:
     tune_epochs: int = 4
 
     def __post_init__(self) -> None:
-        for field in ("images", "least_per_class", "val_images", "epochs", "least_steps"):
+        counts = ("images", "least_per_class", "val_images", "epochs", "least_steps", "most_steps")
+        for field in counts:
             if getattr(self, field) < 1:
                 raise TrainingError(f"Protocol({field}={getattr(self, field)}): give at least 1.")
-        if self.ratio <= 1 or self.most_steps < 1:
+        if self.ratio <= 1:
             raise TrainingError(
-                f"Protocol(ratio={self.ratio}, most_steps={self.most_steps}): give a ratio of "
-                "learning rates above 1 and at least one step."
+                f"Protocol(ratio={self.ratio}): give a ratio of learning rates above 1."
             )
         if not self.decays or list(self.decays) != sorted(set(self.decays)):
             raise TrainingError(f"Protocol(decays={self.decays}): give decays that rise.")

@@ -4,6 +4,9 @@ y = w * x + A x = (w + diag_k(A)) * x is one convolution with the folded bank. B
 gradient takes the same bank, and A's gradient is that of a 1x1 convolution on the pixels under the
 tap; the k x k weight gradient, a third of a fine-tuning step, is never computed. At a linear layer
 w + A is all there is, so only the second product is spared.
+
+A 1x1 convolution over channels-last memory is a product of matrices. On a CPU it is computed as one
+where the batch's maps have few pixels, which takes half to nine tenths of a convolution's time.
 """
 
 from typing import Any

@@ -94,11 +94,9 @@ class Recipe:
             raise self._refused("batch_size", "a whole number of at least 1")
         if not _is_whole(self.seed):
             raise self._refused("seed", "a whole number")
-        for name in ("lr", "lr_full", "decay_adapter", "decay_norm", "decay_head", "decay_full"):
+        for name in _NOT_NEGATIVE:
             if not _is_number(getattr(self, name)):
                 raise self._refused(name, "a number of 0 or more")
-        if not _is_number(self.head_lr_ratio):
-            raise self._refused("head_lr_ratio", "a number of 0 or more")
         if not (_is_number(self.loraplus_lr_ratio) and self.loraplus_lr_ratio):
             raise self._refused("loraplus_lr_ratio", "a number above 0")
         for name in ("warmup", "momentum", "label_smoothing"):
@@ -200,6 +198,9 @@ class Recipe:
 _FLOATS = (
     "lr", "lr_full", "head_lr_ratio", "loraplus_lr_ratio", "momentum", "decay_adapter",
     "decay_norm", "decay_head", "decay_full", "warmup", "label_smoothing", "clip_norm",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "lr", "lr_full", "head_lr_ratio", "decay_adapter", "decay_norm", "decay_head", "decay_full",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adamw", "sgd"),

@@ -97,7 +97,7 @@ def transfer_tables(
 
 
 def choice_table(rows: Sequence[Row], methods: Sequence[MethodLabel]) -> Table:
-    """What rates and decays were chosen, a line a method, and how often at the edge of the grid."""
+    """What rates and decays were chosen, a line a method, and how often the last that was tried."""
     of_method = grouped(rows, lambda row: row.method)
     lines = []
     for method in methods:
@@ -117,8 +117,7 @@ def choice_table(rows: Sequence[Row], methods: Sequence[MethodLabel]) -> Table:
         )
     head = (
         "method", "cells", "lr chosen", "decay chosen", "norms at the backbone's statistics",
-        "lr at an end of the grid",
-        "decay at an end",
+        "lr at an end", "decay at an end",
     )  # fmt: skip
     note = (
         "At an end: cells whose choice is the lowest or highest that was tried, so that a better "
@@ -134,7 +133,7 @@ def _share_running(rows: Sequence[Row]) -> str:
 
 
 def cell_table(rows: Sequence[Row], methods: Sequence[MethodLabel]) -> Table:
-    """Every cell, with what was chosen for it and a flag where that is the edge of its grid."""
+    """Every cell, with what was chosen for it and a flag where that is the lowest or highest."""
     order = {method.name: place for place, method in enumerate(methods)}
     labels = {method.name: method.label for method in methods}
     ranked = sorted(rows, key=lambda row: (row.backbone, row.domain, order[row.method], row.seed))
