@@ -6,7 +6,7 @@
     python benchmarks/recipe.py --stage large        20,800 images
     python benchmarks/recipe.py --stage statistics   norms at the backbone's statistics or a batch's
     python benchmarks/recipe.py --stage rates        the same at several learning rates, 300 and all
-    python benchmarks/recipe.py --stage ratios       slower heads and inner factors, 200 steps
+    python benchmarks/recipe.py --stage ratios       slower heads and inner factors, 300 and all
     python benchmarks/recipe.py --stage table        the table of docs/recipes.md
 
 Needs ONETRUNK_DATA (a folder of Parquet domains); the ResNets' weights are beside it, in weights/.
@@ -159,7 +159,8 @@ def run(cell: Cell) -> dict[str, object]:
                 linear_probe(backbone, train, val, splits.classes, preprocessing=preprocessing),
             )
         best = 0.0
-        for step in ot.fit(model, train, ot.read_recipe(cell.recipe), val=val):
+        recipe, graphed = ot.read_recipe(cell.recipe), torch.cuda.is_available()
+        for step in ot.fit(model, train, recipe, val=val, graphed=graphed):
             best = max(best, step.val_accuracy or 0.0)
     return {
         **dataclasses.asdict(cell),

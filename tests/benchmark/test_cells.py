@@ -1,6 +1,7 @@
 """A cell: the same tuning for every method, resumed and never computed twice, test scored once."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 import onetrunk.benchmark.cells as cells_module
 from onetrunk.bank.names import is_name
+from onetrunk.benchmark import protocol
 from onetrunk.benchmark.cells import Cell, Trunk, bank_name, run_cell, subset
 from onetrunk.benchmark.ledger import Ledger
 from onetrunk.benchmark.methods import read_method
@@ -18,6 +20,7 @@ from onetrunk.benchmark.protocol import Protocol, Tuning
 from onetrunk.benchmark.study import Study, domains_in, known, run
 from onetrunk.data import load
 from onetrunk.errors import DataError, DivergedError, TrainingError
+from onetrunk.training.recipe import Recipe
 
 TINY = Protocol(
     images=16, val_images=12, size_px=16, epochs=2, least_steps=1, batch_size=8, tune_epochs=1
@@ -138,13 +141,16 @@ def test_a_cell_stopped_in_its_trials_goes_on_to_the_same_result(make_cell, tmp_
     }
 
 
-def test_what_a_key_depends_on(make_cell):
+def test_what_a_key_depends_on(make_cell, monkeypatch):
     cells = [
         make_cell(), make_cell(seed=1), make_cell("series"), make_cell(domain="shades"),
         make_cell(epochs=3), make_cell(per_class=2),
     ]  # fmt: skip
-    assert len({cell.key for cell in cells}) == len(cells)
-    assert make_cell().key == make_cell().key
+    keys = [cell.key for cell in cells]
+    assert len(set(keys)) == len(keys)
+    assert make_cell().key == keys[0]
+    monkeypatch.setattr(protocol, "Recipe", functools.partial(Recipe, head_lr_ratio=0.7))
+    assert make_cell().key != keys[0]  # what is not tuned is the default recipe's
 
 
 @pytest.mark.parametrize(

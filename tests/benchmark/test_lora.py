@@ -14,6 +14,7 @@ from onetrunk.benchmark.setting import Setting
 from onetrunk.core.attach import Adapted
 from onetrunk.data import Images, Prepared, Preprocessing
 from onetrunk.errors import MissingExtraError
+from onetrunk.training.recipe import kinds
 
 CLASSES = ("ant", "bee")
 
@@ -61,6 +62,13 @@ def test_it_trains_with_its_norms_saved_and_the_backbone_as_it_was(setting, norm
     assert bool(gains & moved) == norms and gains
     for name, tensor in setting.backbone.state_dict().items():
         assert torch.equal(tensor, backbone[name])
+
+
+def test_its_factors_learn_at_the_rates_of_ours(setting):
+    found = kinds(made(setting, "lora(like='parallel')"))
+    assert {kind for name, kind in found.items() if ".lora_A." in name} == {"inner"}
+    assert {kind for name, kind in found.items() if ".lora_B." in name} == {"adapter"}
+    assert set(found.values()) == {"inner", "adapter", "head"}
 
 
 def test_without_peft_the_way_out_is_said(setting, monkeypatch):

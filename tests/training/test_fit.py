@@ -218,6 +218,7 @@ def test_sgd_is_the_naive_loop(
         optimizer="sgd",
         lr=0.1,
         nesterov=True,
+        head_lr_ratio=1.0,
         decay_adapter=0.03,
         decay_norm=0.01,
         decay_head=0.02,
@@ -273,14 +274,33 @@ def test_with_validation_the_best_epoch_stays(
     make_model: Make, make_tensors: Make, own_bits: Make, same: Make
 ) -> None:
     model = make_model()
-    val, best, best_accuracy = make_tensors(15, seed=9), {}, -1.0
-    for step in fit(model, make_tensors(24), ot.Recipe(epochs=4, batch_size=8), val=val):
+    val, best = make_tensors(15, seed=9), {}
+    best_accuracy = (
+        ot.evaluate(model, val).accuracy - 1e-9
+    )  # an epoch as good as the start is taken
+    for step in fit(model, make_tensors(24), ot.Recipe(epochs=4, batch_size=8, seed=1), val=val):
         assert (step.val_accuracy is None) == (step.step % 3 != 0)
         assert step.best == ((step.val_accuracy or -2.0) > best_accuracy)
         if step.best:
             best, best_accuracy = own_bits(model), step.val_accuracy
     assert same(own_bits(model), best)
     assert ot.evaluate(model, val).accuracy == best_accuracy
+
+
+def test_where_every_epoch_is_worse_the_network_stays_as_it_came(
+    make_model: Make, make_tensors: Make, own_bits: Make, same: Make
+) -> None:
+    data = make_tensors(24)
+    model = make_model()
+    for _ in fit(model, data, ot.Recipe(epochs=30, batch_size=8), val=data):
+        pass
+    came, accuracy = own_bits(model), ot.evaluate(model, data).accuracy
+    for step in fit(
+        model, data, ot.Recipe(epochs=2, batch_size=8, lr=10.0, clip_norm=None), val=data
+    ):
+        assert not step.best
+    assert same(own_bits(model), came)
+    assert accuracy > 0.4
 
 
 def test_steps_report_the_schedule(make_model: Make, make_tensors: Make) -> None:

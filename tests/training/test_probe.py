@@ -1,5 +1,6 @@
 """linear_probe: the optimum on the backbone's own features, whatever the head is made of."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_two_heads_are_trained_by_steps(monkeypatch: pytest.MonkeyPatch) -> None
             "deit_tiny_distilled_patch16_224",
             img_size=32, patch_size=16, depth=1, embed_dim=24, num_heads=3,
         )  # fmt: skip
-    monkeypatch.setattr(probe, "BY_STEPS", ot.Recipe(epochs=4, lr=1e-2))
+    monkeypatch.setattr(probe, "BY_STEPS", dataclasses.replace(probe.BY_STEPS, epochs=4))
     data = separable(48, side=32)
     preprocessing = ot.data.Preprocessing(size_px=32)
     model = linear_probe(backbone, data, data, CLASSES, preprocessing=preprocessing)

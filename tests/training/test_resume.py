@@ -185,7 +185,9 @@ def listening() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(("in_training", "call", "n_done"), [(True, 5, 5), (False, 2, 6)])
+@pytest.mark.parametrize(
+    ("in_training", "call", "n_done"), [(False, 1, 0), (True, 5, 5), (False, 3, 6)]
+)
 def test_ctrl_c_inside_a_step_or_a_validation_loses_nothing(
     in_training: bool,
     call: int,

@@ -45,7 +45,7 @@ from .methods import (
 from .protocol import TUNED_SEED, Protocol, Tuning
 from .setting import Setting
 
-FORMAT = 3  # of what a key is made of: raised where the same key would mean another computation
+FORMAT = 4  # of what a key is made of: raised where the same key would mean another computation
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Cell:
             "method": self.method,
             "seed": self.seed,
             "protocol": self.protocol.to_json(),
+            "recipe": dataclasses.asdict(self.protocol.recipe(self.protocol.start, 0, 1)),
         }
 
     @property

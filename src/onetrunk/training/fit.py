@@ -82,8 +82,8 @@ def fit(
     """Trains the domain's own numbers of `model` in place, one step for every record it yields.
 
     With `val`, the network is at the end the one of the epoch that did best there (the first of
-    equals); leaving the loop early keeps the network of the last step. In the loop the network is
-    in train mode, after it in eval mode.
+    equals), or as it came where every epoch did worse; leaving the loop early keeps the network of
+    the last step. In the loop the network is in train mode, after it in eval mode.
 
     Under `torchrun`, with a process group joined (`distributed.join`), every process computes its
     share of each batch and gradients are averaged; only the first one writes the checkpoint.
@@ -269,6 +269,8 @@ class Loop:
         """
         if self._at_end_of_epoch():  # stopped in its validation
             self._end_epoch()
+        if self.run.step == 0:
+            self._score_start()
         for epoch in range(self.run.epochs, self.n_epochs):
             done = self.run.step - epoch * self.steps_an_epoch
             with closing(self._made(self._order(epoch)[done:], epoch)) as made:
@@ -368,10 +370,9 @@ class Loop:
             raise self._stopped(f"the network has NaN or infinity after step {self.run.step}")
         accuracy, best = None, False
         if self.val is not None:
-            logits_nc = logits_of(self.model, self.val)
-            if not torch.isfinite(logits_nc).all():
+            accuracy = self._val_accuracy()
+            if accuracy is None:
                 raise self._stopped(f"the validation logits are not finite at step {self.run.step}")
-            accuracy = float((logits_nc.argmax(1) == self.val.labels).double().mean())
             best = accuracy > self.run.best_accuracy
         with uninterrupted():
             self.run.good = state
@@ -379,6 +380,22 @@ class Loop:
             if best and accuracy is not None:
                 self.run.best_accuracy, self.run.best = accuracy, state
         return accuracy, best
+
+    def _score_start(self) -> None:
+        """Keeps the network as it came, until an epoch is as good."""
+        accuracy = self._val_accuracy()
+        if accuracy is not None:
+            self.run.best_accuracy = math.nextafter(accuracy, -1)
+            self.run.best = self.run.good
+
+    def _val_accuracy(self) -> float | None:
+        """None where there is no validation, or a logit that is not finite."""
+        if self.val is None:
+            return None
+        logits_nc = logits_of(self.model, self.val)
+        if not torch.isfinite(logits_nc).all():
+            return None
+        return float((logits_nc.argmax(1) == self.val.labels).double().mean())
 
     def _stopped(self, what: str) -> DivergedError:
         """Gives the network its last good state; the error to raise then."""

@@ -68,8 +68,8 @@ class Recipe:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 5e-3
     lr_full: float = 5e-4
-    head_lr_ratio: float = 1.0
-    loraplus_lr_ratio: float = 1.0
+    head_lr_ratio: float = 0.2
+    loraplus_lr_ratio: float = 16.0
     momentum: float = 0.9
     nesterov: bool = False
     decay_adapter: float = 0.05
@@ -195,6 +195,8 @@ class Recipe:
         return self.decay_adapter
 
 
+_PEFT: dict[str, Kind] = {"lora_A": "inner", "lora_B": "adapter"}  # its names in a network
+
 _FLOATS = (
     "lr", "lr_full", "head_lr_ratio", "loraplus_lr_ratio", "momentum", "decay_adapter",
     "decay_norm", "decay_head", "decay_full", "warmup", "label_smoothing", "clip_norm",
@@ -235,6 +237,8 @@ PAPER = Recipe(
     optimizer="sgd",
     lr=0.1,
     lr_full=0.1,
+    head_lr_ratio=1.0,
+    loraplus_lr_ratio=1.0,
     decay_adapter=5e-4,
     decay_by_size=((2_000, 5e-3), (10_000, 2e-3)),
     decay_norm=5e-4,
@@ -266,6 +270,8 @@ PRETRAIN = Recipe(
     nesterov=True,
     lr=0.05,
     lr_full=0.05,
+    head_lr_ratio=1.0,
+    loraplus_lr_ratio=1.0,
     decay_adapter=5e-4,
     decay_head=5e-4,
     decay_full=5e-4,
@@ -317,6 +323,8 @@ def _kind(owner: nn.Module, name: str, heads: tuple[str, ...]) -> Kind:
         return "inner" if name.rpartition(".")[2] in owner.inner else "adapter"
     if is_norm(owner):
         return "norm"
+    if of_lora := [kind for part, kind in _PEFT.items() if f".{part}." in name]:
+        return of_lora[0]
     return "head" if name.startswith(heads) else "full"
 
 

@@ -1,0 +1,153 @@
+"""Rates of the head and of an adapter's inner factor: candidates x domains in 200 steps each.
+
+    python benchmarks/ratios.py --workers 2         every cell that is missing, then the table
+
+The small study's trainings (EfficientNet-Lite0, 48 pixels, at most 320 images, from the linear
+probe's head; its validation images choose the epoch). Accuracy is that on images that neither
+saw: at most 400 each of the rest of a domain's training and validation images. Test images are
+left alone. Needs ONETRUNK_DATA; results are appended to benchmarks/results/ratios.jsonl.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+import onetrunk as ot
+from onetrunk.benchmark import cells
+from onetrunk.benchmark.allocated import probed
+from onetrunk.benchmark.methods import read_method
+from onetrunk.benchmark.protocol import SMALL, Tuning
+from onetrunk.benchmark.setting import Setting
+from onetrunk.data import Prepared
+from onetrunk.training.probe import start_from_probe
+
+DATA = Path(os.environ.get("ONETRUNK_DATA", "../shared/data/mini-decathlon"))
+RESULTS = Path(__file__).parent / "results" / "ratios.jsonl"
+TRUNK = "timm:tf_efficientnet_lite0"
+BASE, N_HELD_OUT = "tiny_imagenet", 400
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of training: `factor` is on the recipe's rates."""
+
+    method: str
+    head: float = 1.0
+    inner: float = 1.0
+    factor: float = 1.0
+    statistics: str = "running"
+    seed: int = 0
+
+    def accuracy(self, domain: str) -> tuple[float, int]:
+        """On held-out images, and how many they are."""
+        setting, held_out = _setting(domain)
+        if self.method == "head":
+            model = probed(setting)
+        else:
+            model = read_method(self.method).make(setting)
+            start_from_probe(model, probed(setting))
+            epochs = SMALL.n_epochs(len(setting.train))
+            tuning = Tuning(self.factor, SMALL.decays[0], self.statistics)
+            recipe = dataclasses.replace(
+                SMALL.recipe(tuning, self.seed, epochs),
+                head_lr_ratio=self.head, loraplus_lr_ratio=self.inner,
+            )  # fmt: skip
+            graphed = torch.cuda.is_available()
+            for _ in ot.fit(model, setting.train, recipe, val=setting.val, graphed=graphed):
+                pass
+        right = sum(ot.evaluate(model, part).accuracy * len(part) for part in held_out)
+        n_images = sum(map(len, held_out))
+        return right / n_images, n_images
+
+
+ADAPTERS, FULL = "lowrank(rank=16)", "full"
+RATIOS = [(1.0, 1.0), (0.05, 1.0), (1.0, 16.0), (0.05, 16.0), (0.2, 16.0)]
+CANDIDATES = [
+    Candidate("head"),
+    *(Candidate(ADAPTERS, *ratios) for ratios in RATIOS),
+    *(
+        Candidate(ADAPTERS, *ratios, factor=1 / 3)
+        for ratios in ((1.0, 1.0), (0.05, 1.0), (0.05, 16.0))
+    ),
+    *(Candidate(FULL, head) for head in (1.0, 0.2, 0.05)),
+    *(Candidate(FULL, head, factor=1 / 3) for head in (1.0, 0.05)),
+    *(Candidate(ADAPTERS, *ratios, seed=1) for ratios in ((0.05, 16.0), (0.2, 16.0))),
+]
+
+
+@lru_cache(maxsize=4)
+def _setting(domain: str) -> tuple[Setting, list[Prepared]]:
+    """What a cell of the small study starts from, and the images that it does not use."""
+    cell = cells.Cell("ratios", cells.Trunk(TRUNK), str(DATA), domain, "head", 0, SMALL)
+    setting, splits = cells.setting_of(cell), cells._splits(cell.data, domain)
+    held_out = []
+    for images, used in ((splits.train, setting.train), (splits.val, setting.val)):
+        names = set(used.images.names)
+        rest = [row for row, name in enumerate(images.names) if name not in names]
+        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(1))
+        rows = sorted(rest[place] for place in order[:N_HELD_OUT].tolist())
+        held_out += [Prepared(images.subset(rows), setting.preprocessing)] if rows else []
+    return setting, held_out
+
+
+def run(domain: str, candidate: Candidate) -> dict[str, object]:
+    accuracy, n_images = candidate.accuracy(domain)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    facts = {"accuracy": round(accuracy, 4), "images": n_images, "machine": device}
+    return {"domain": domain, **dataclasses.asdict(candidate), **facts}
+
+
+def results() -> dict[tuple[str, Candidate], float]:
+    if not RESULTS.exists():
+        return {}
+    names = [field.name for field in dataclasses.fields(Candidate)]
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return {
+        (row["domain"], Candidate(**{name: row[name] for name in names})): row["accuracy"]
+        for row in rows
+    }
+
+
+def table(domains: list[str]) -> Iterator[str]:
+    """Means over the domains, and the least of all domains against the linear probe."""
+    found = results()
+    yield "| method | head | U over V | rates | seed | domains | mean | worst against the probe |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+    for candidate in CANDIDATES:
+        known = {d: found[d, candidate] for d in domains if (d, candidate) in found}
+        if known:
+            worst = min(known[d] - found[d, CANDIDATES[0]] for d in known)
+            yield (
+                f"| {candidate.method} | {candidate.head:g} | {candidate.inner:g} "
+                f"| {candidate.factor:.2g} | {candidate.seed} | {len(known)} "
+                f"| {100 * statistics.mean(known.values()):.1f} | {100 * worst:+.1f} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=1, help="processes, a domain each")
+    arguments = parser.parse_args()
+    domains = sorted(p.name for p in DATA.iterdir() if p.is_dir() and p.name != BASE)
+    todo = [(d, c) for d in domains for c in CANDIDATES if (d, c) not in results()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
+        for future in as_completed([pool.submit(run, *job) for job in todo]):
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(future.result()) + "\n")
+            print(future.result(), flush=True)
+    print("\n".join(table(domains)))
+
+
+if __name__ == "__main__":
+    main()
