@@ -286,6 +286,8 @@ class Loop:
         """Makes the network ready for a step."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * self._lr(self.run.step)
+        if self.graphed is not None and self.graphed.replay is not None and self.model.training:
+            return  # a replay asks no module, and fills the same gradients
         self.model.train()
         for held in self.held_norms:
             held.eval()
