@@ -149,7 +149,7 @@ def test_what_a_key_depends_on(make_cell, monkeypatch):
     keys = [cell.key for cell in cells]
     assert len(set(keys)) == len(keys)
     assert make_cell().key == keys[0]
-    monkeypatch.setattr(protocol, "Recipe", functools.partial(Recipe, head_lr_ratio=0.7))
+    monkeypatch.setattr(protocol, "Recipe", functools.partial(Recipe, label_smoothing=0.3))
     assert make_cell().key != keys[0]  # what is not tuned is the default recipe's
 
 

@@ -14,7 +14,7 @@ from onetrunk.benchmark.setting import Setting
 from onetrunk.core.attach import Adapted
 from onetrunk.data import Images, Prepared, Preprocessing
 from onetrunk.errors import MissingExtraError
-from onetrunk.training.recipe import kinds
+from onetrunk.training.optimizer import kinds
 
 CLASSES = ("ant", "bee")
 

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset, TensorDataset
 import onetrunk as ot
 from onetrunk.core.attach import delta_names
 from onetrunk.errors import DamagedError, DataError, TrainingError
-from onetrunk.training.fit import Step, fit, held_norms
+from onetrunk.training.fit import Step, fit
+from onetrunk.training.optimizer import held_norms
 from onetrunk.training.randomness import own_draws, reseed, seed_of
 
 Make = Callable[..., Any]
@@ -218,7 +219,6 @@ def test_sgd_is_the_naive_loop(
         optimizer="sgd",
         lr=0.1,
         nesterov=True,
-        head_lr_ratio=1.0,
         decay_adapter=0.03,
         decay_norm=0.01,
         decay_head=0.02,

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 import onetrunk as ot
 from onetrunk.errors import SpecError, TrainingError
-from onetrunk.training.recipe import PAPER, RECIPES, RELEASED, build_optimizer, kinds, read_recipe
+from onetrunk.training.optimizer import build_optimizer, kinds
+from onetrunk.training.recipe import (
+    HEAD_LR_RATIO,
+    LORAPLUS_LR_RATIO,
+    PAPER,
+    RECIPES,
+    RELEASED,
+    read_recipe,
+)
 
 Make = Callable[..., Any]
 
@@ -27,8 +35,8 @@ REFUSED = [
     ({"lr": "0.1"}, "lr='0.1'): give a number"),
     ({"lr": math.nan}, "lr=nan): give a number"),
     ({"lr_full": math.inf}, "lr_full=inf): give a number"),
-    ({"head_lr_ratio": -1}, "head_lr_ratio=-1): give a number of 0 or more"),
-    ({"loraplus_lr_ratio": 0}, "loraplus_lr_ratio=0): give a number above 0"),
+    ({"head_lr_ratio": -1}, "head_lr_ratio=-1): give a number of 0 or more, or None"),
+    ({"loraplus_lr_ratio": 0}, "loraplus_lr_ratio=0): give a number above 0, or None"),
     ({"decay_adapter": None}, "decay_adapter=None): give a number"),
     ({"decay_norm": -1}, "decay_norm=-1): give a number"),
     ({"decay_head": -1}, "decay_head=-1): give a number"),
@@ -241,6 +249,29 @@ def test_rate_and_decay_follow_the_kind_whatever_the_order(family: str, optimize
             for name, kind in KINDS[family].items()
         }
         assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "head", "inner"),
+    [
+        (ot.Recipe(norm_statistics="running"), HEAD_LR_RATIO, 1 / LORAPLUS_LR_RATIO),
+        (ot.Recipe(norm_statistics="batch"), 1.0, 1.0),
+        (ot.Recipe(norm_statistics="batch", head_lr_ratio=0.5, loraplus_lr_ratio=2), 0.5, 0.5),
+        (PAPER, 1.0, 1.0),
+    ],
+)
+def test_head_and_inner_factor_are_slower_where_norms_keep_the_backbones_statistics(
+    recipe: ot.Recipe, head: float, inner: float
+) -> None:
+    model = domain("lowrank(rank=2)")
+    rates = {
+        id(p): g["peak_lr"]
+        for g in build_optimizer(model, recipe, 100).param_groups
+        for p in g["params"]
+    }
+    of_kind = {kind: rates[id(model.get_parameter(name))] for name, kind in kinds(model).items()}
+    expected = {"adapter": 1.0, "norm": 1.0, "head": head, "inner": inner}
+    assert of_kind == pytest.approx({k: recipe.lr * share for k, share in expected.items()})
 
 
 def test_tied_weights_are_trained_once() -> None:

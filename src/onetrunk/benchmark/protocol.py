@@ -21,6 +21,7 @@ from ..errors import TrainingError
 from ..training.recipe import Recipe
 
 Statistics = Literal["batch", "running"]
+HEAD_RATIO, INNER_RATIO = 0.2, 16.0  # rates of head and inner factor: benchmarks/ratios.py
 TUNED_SEED = 0  # whose trials choose for every seed
 
 
@@ -104,6 +105,8 @@ class Protocol:
             batch_size=self.batch_size,
             lr=base.lr * tuning.factor,
             lr_full=base.lr_full * tuning.factor,
+            head_lr_ratio=HEAD_RATIO,
+            loraplus_lr_ratio=INNER_RATIO,
             decay_adapter=tuning.decay,
             decay_head=tuning.decay,
             decay_full=tuning.decay,

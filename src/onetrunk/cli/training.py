@@ -19,7 +19,8 @@ from ..data import Prepared, Preprocessing, Splits
 from ..errors import DataError
 from ..training.cached import cached
 from ..training.evaluate import Evaluation, evaluate
-from ..training.fit import fit, held_norms
+from ..training.fit import fit
+from ..training.optimizer import held_norms
 from ..training.probe import linear_probe, start_from_probe
 from ..training.recipe import Recipe
 from ..training.recomputed import recomputed

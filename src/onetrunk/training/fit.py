@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapters import Adapter
 from ..core.attach import delta, domain_of, trains_basis
 from ..errors import DivergedError, TrainingError
 from ..tensorfile import fingerprint_of
@@ -30,8 +29,9 @@ from .distributed import check_batch, world
 from .evaluate import logits_of
 from .examples import Examples, Progress, examples_of, one_ahead
 from .graphed import GraphedStep, cuda_graph
+from .optimizer import build_optimizer, held_norms
 from .randomness import own_draws, reseed, seed_of, uninterrupted
-from .recipe import SHORT, Recipe, build_optimizer
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -159,28 +159,6 @@ def _refuse_going_back(**given: Any) -> None:
                 "basis between its steps, so an earlier state of its own numbers is no network to "
                 f"go back to. Leave {name} out, and evaluate after with_frozen_basis(models)."
             )
-
-
-def held_norms(model: nn.Module, recipe: Recipe, n_images: int) -> list[nn.Module]:
-    """The batch norms that keep the backbone's statistics in a training of a domain's `model`.
-
-    An adapter's own norm is none of them: no backbone has its statistics.
-    """
-    if recipe.norm_statistics == "batch":
-        return []
-    if recipe.norm_statistics == "auto":
-        backbone = _batch_norms(domain_of(model).backbone)
-        trained = any(bool(norm.running_mean.any()) for norm in backbone)  # they start at zero
-        if not trained or recipe.n_steps(n_images) > SHORT:
-            return []
-    adapters = [adapter for adapter in model.modules() if isinstance(adapter, Adapter)]
-    fresh = {id(norm) for adapter in adapters for norm in _batch_norms(adapter)}
-    return [norm for norm in _batch_norms(model) if id(norm) not in fresh]
-
-
-def _batch_norms(module: nn.Module) -> list[Any]:
-    kind = nn.modules.batchnorm._BatchNorm
-    return [m for m in module.modules() if isinstance(m, kind) and m.running_mean is not None]
 
 
 @contextmanager

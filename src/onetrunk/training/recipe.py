@@ -1,10 +1,4 @@
-"""Recipe: everything that decides a training but the data, as typed fields.
-
-A parameter's kind (adapter, an adapter's inner factor, norm, head, full) is decided once from the
-module that holds it, and learning rate and decay follow the kind; nothing depends on the order of
-parameters (in the authors' released optimiser the decay of one layer leaks into the next, see
-RELEASED).
-"""
+"""Recipe: everything that decides a training but the data, as typed fields."""
 
 import dataclasses
 import math
@@ -12,15 +6,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, TypeGuard
 
-from torch import nn, optim
-
 from .. import written
-from ..core.adapters import Adapter
-from ..core.attach import domain_of
-from ..core.tree import is_norm
 from ..errors import TrainingError
 
-Kind = Literal["adapter", "inner", "norm", "head", "full"]
+HEAD_LR_RATIO, LORAPLUS_LR_RATIO = 0.2, 4.0  # docs/recipes.md
 SHORT = 600  # steps up to which norms may keep the backbone's statistics: docs/recipes.md
 BySize = tuple[tuple[int, float], ...]  # (up to so many training images, value), then the rest
 
@@ -36,9 +25,11 @@ class Recipe:
         optimizer: `adamw` or `sgd`.
         lr: the highest learning rate, of adapters, norms and head.
         lr_full: the same of pretrained weights that are trained themselves (`Full`).
-        head_lr_ratio: the head's learning rate over `lr`.
+        head_lr_ratio: the head's learning rate over `lr`; None: `HEAD_LR_RATIO` where norms keep
+            the backbone's statistics, since the head may start at the linear probe's there, else 1.
         loraplus_lr_ratio: how many times faster U of an adapter U V learns than V, whose rate is
-            `lr` over it (LoRA+, Hayou et al., ICML 2024; PEFT's name for it).
+            `lr` over it (LoRA+, Hayou et al., ICML 2024; PEFT's name for it); None:
+            `LORAPLUS_LR_RATIO` where norms keep the backbone's statistics, else 1.
         momentum, nesterov: of SGD.
         decay_adapter, decay_norm, decay_head, decay_full: weight decay by kind of parameter.
         decay_by_size: a table ((n, decay), ...), the smallest n first: the adapters' decay for
@@ -68,8 +59,8 @@ class Recipe:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 5e-3
     lr_full: float = 5e-4
-    head_lr_ratio: float = 0.2
-    loraplus_lr_ratio: float = 16.0
+    head_lr_ratio: float | None = None
+    loraplus_lr_ratio: float | None = None
     momentum: float = 0.9
     nesterov: bool = False
     decay_adapter: float = 0.05
@@ -97,13 +88,15 @@ class Recipe:
         for name in _NOT_NEGATIVE:
             if not _is_number(getattr(self, name)):
                 raise self._refused(name, "a number of 0 or more")
-        if not (_is_number(self.loraplus_lr_ratio) and self.loraplus_lr_ratio):
-            raise self._refused("loraplus_lr_ratio", "a number above 0")
+        if self.head_lr_ratio is not None and not _is_number(self.head_lr_ratio):
+            raise self._refused("head_lr_ratio", "a number of 0 or more, or None")
+        for name in ("loraplus_lr_ratio", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value):
+                raise self._refused(name, "a number above 0, or None")
         for name in ("warmup", "momentum", "label_smoothing"):
             if not _is_number(getattr(self, name)) or getattr(self, name) >= 1:
                 raise self._refused(name, "a share from 0 to below 1")
-        if self.clip_norm is not None and not (_is_number(self.clip_norm) and self.clip_norm):
-            raise self._refused("clip_norm", "a number above 0, or None")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise self._refused(name, f"one of {', '.join(known)}")
@@ -195,14 +188,12 @@ class Recipe:
         return self.decay_adapter
 
 
-_PEFT: dict[str, Kind] = {"lora_A": "inner", "lora_B": "adapter"}  # its names in a network
-
 _FLOATS = (
     "lr", "lr_full", "head_lr_ratio", "loraplus_lr_ratio", "momentum", "decay_adapter",
     "decay_norm", "decay_head", "decay_full", "warmup", "label_smoothing", "clip_norm",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "lr", "lr_full", "head_lr_ratio", "decay_adapter", "decay_norm", "decay_head", "decay_full",
+    "lr", "lr_full", "decay_adapter", "decay_norm", "decay_head", "decay_full",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adamw", "sgd"),
@@ -237,8 +228,6 @@ PAPER = Recipe(
     optimizer="sgd",
     lr=0.1,
     lr_full=0.1,
-    head_lr_ratio=1.0,
-    loraplus_lr_ratio=1.0,
     decay_adapter=5e-4,
     decay_by_size=((2_000, 5e-3), (10_000, 2e-3)),
     decay_norm=5e-4,
@@ -270,8 +259,6 @@ PRETRAIN = Recipe(
     nesterov=True,
     lr=0.05,
     lr_full=0.05,
-    head_lr_ratio=1.0,
-    loraplus_lr_ratio=1.0,
     decay_adapter=5e-4,
     decay_head=5e-4,
     decay_full=5e-4,
@@ -306,59 +293,3 @@ def read_recipe(text: str) -> Recipe:
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
     return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-
-
-def kinds(model: nn.Module) -> dict[str, Kind]:
-    """The kind of every trainable parameter of a domain's network, by name; tied ones once."""
-    heads = tuple(f"{name}." for name in domain_of(model).head)
-    return {
-        name: _kind(model.get_submodule(name.rpartition(".")[0]), name, heads)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def _kind(owner: nn.Module, name: str, heads: tuple[str, ...]) -> Kind:
-    if isinstance(owner, Adapter):
-        return "inner" if name.rpartition(".")[2] in owner.inner else "adapter"
-    if is_norm(owner):
-        return "norm"
-    if of_lora := [kind for part, kind in _PEFT.items() if f".{part}." in name]:
-        return of_lora[0]
-    return "head" if name.startswith(heads) else "full"
-
-
-def build_optimizer(model: nn.Module, recipe: Recipe, n_images: int) -> optim.Optimizer:
-    """The optimiser over the domain's parameters; vectors (gains, biases) are decayed as norms.
-
-    Raises:
-        TrainingError: where nothing of `model` is trainable.
-    """
-    lr: dict[Kind, float] = {
-        "adapter": recipe.lr,
-        "inner": recipe.lr / recipe.loraplus_lr_ratio,
-        "norm": recipe.lr,
-        "head": recipe.lr * recipe.head_lr_ratio,
-        "full": recipe.lr_full,
-    }
-    decay: dict[Kind, float] = {
-        "adapter": recipe.adapter_decay(n_images),
-        "inner": recipe.adapter_decay(n_images),
-        "norm": recipe.decay_norm,
-        "head": recipe.decay_head,
-        "full": recipe.decay_full,
-    }
-    parameters = dict(model.named_parameters())
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, kind in kinds(model).items():
-        weight_decay = decay[kind] if parameters[name].ndim > 1 else decay["norm"]
-        groups.setdefault((lr[kind], weight_decay), []).append(parameters[name])
-    if not groups:
-        raise TrainingError("nothing to train: the domain's network has no trainable parameter.")
-    listed: list[dict[str, Any]] = [
-        {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": weight_decay}
-        for (rate, weight_decay), params in groups.items()
-    ]
-    if recipe.optimizer == "adamw":
-        return optim.AdamW(listed, fused=True)  # one call for all parameters, not ten for each
-    return optim.SGD(listed, momentum=recipe.momentum, nesterov=recipe.nesterov)
