@@ -71,7 +71,7 @@ class Candidate:
 
 
 ADAPTERS, FULL = "lowrank(rank=16)", "full"
-RATIOS = [(1.0, 1.0), (0.05, 1.0), (1.0, 16.0), (0.05, 16.0), (0.2, 16.0)]
+RATIOS = [(1.0, 1.0), (0.05, 1.0), (1.0, 16.0), (0.05, 16.0), (0.2, 16.0), (0.2, 4.0)]
 CANDIDATES = [
     Candidate("head"),
     *(Candidate(ADAPTERS, *ratios) for ratios in RATIOS),

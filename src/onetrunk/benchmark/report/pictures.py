@@ -357,7 +357,7 @@ def _stage_starts(sites: Sequence[str]) -> list[int]:
 
 def _stage_ticks(axes: Any, sites: Sequence[str]) -> None:
     starts = _stage_starts(sites)
-    apart = max(1, len(sites) // 25)  # a name on every tick that is far enough from the last
+    apart = max(1, len(sites) // 20)  # a name on every tick that is far enough from the last
     named: list[int] = []
     for start in starts:
         named += [start] if not named or start - named[-1] >= apart else []
