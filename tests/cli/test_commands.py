@@ -87,6 +87,15 @@ def test_placement_options_reach_the_plan(run, photos, bank):
     assert json.loads(ran.out)["family"] == "lowrank(rank=2)"
 
 
+def test_a_training_that_only_does_harm_is_told(run, photos, bank, monkeypatch):
+    words = ("train", bank, "harmed", "--data", photos, "--epochs", 1)
+    assert "no epoch did better" not in run(*words).err
+    monkeypatch.setattr("onetrunk.cli.training.fit", lambda *_args, **_options: iter(()))
+    ran = run(*words, "--replace")
+    assert ran.status == 0
+    assert "no epoch did better on validation images than the state that training" in ran.err
+
+
 def test_a_domain_is_replaced_only_when_asked(run, photos, bank):
     words = ("train", bank, "stripes", "--data", photos, "--epochs", 1, "--no-probe")
     refused = run(*words)

@@ -12,7 +12,7 @@ from torch import nn
 from ..bank.bank import Bank
 from ..bank.folder import UNFINISHED
 from ..core.adapters import Family
-from ..core.attach import Norms, attach, domain_of
+from ..core.attach import Norms, attach, delta, domain_of
 from ..core.cost import Cost, cost
 from ..core.plan import Plan, Where
 from ..data import Prepared, Preprocessing, Splits
@@ -135,7 +135,13 @@ def train_ready(
     n_images = 0 if data["train"] is None else len(data["train"])
     if probed is not None and held_norms(model, request.recipe, n_images):
         start_from_probe(model, probed)  # with a batch's own statistics it would fit no longer
+    came = {name: tensor.clone().cpu() for name, tensor in delta(model).items()}
     _fit(bank, model, data, request, screen)
+    if all(torch.equal(tensor.cpu(), came[name]) for name, tensor in delta(model).items()):
+        screen.warn(
+            "  no epoch did better on validation images than the state that training started from, "
+            "which is kept: lower the learning rate (--recipe)"
+        )
     result = evaluate(model, data[scored_on])
     trained = Trained(
         model,
