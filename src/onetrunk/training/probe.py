@@ -21,9 +21,7 @@ from .fit import fit
 from .recipe import Recipe
 
 DECAYS = (1e-2, 1e-1, 1.0, 1e1, 1e2)
-BY_STEPS = Recipe(
-    epochs=20, lr=1e-2, head_lr_ratio=1.0
-)  # for heads that are not one linear layer with a bias
+BY_STEPS = Recipe(epochs=20, lr=1e-2, head_lr_ratio=1.0)  # for heads of more than one linear layer
 
 
 def linear_probe(
