@@ -1,4 +1,4 @@
-"""Rates of the head and of an adapter's inner factor: candidates x domains in 200 steps each.
+"""Rates of the head and of an adapter's inner factor: candidates x domains, 200 steps each.
 
     python benchmarks/ratios.py --workers 2         every cell that is missing, then the table
 
@@ -67,14 +67,13 @@ class Candidate:
         return right / n_images, n_images
 
 
-ADAPTERS, FULL = "lowrank(rank=16)", "full"
+ADAPTERS = "lowrank(rank=16)"
 CANDIDATES = [
     Candidate("head"),
     *(
         Candidate(ADAPTERS, *ratios)
         for ratios in ((1.0, 1.0), (0.2, 16.0), (0.2, 4.0), (1.0, 16.0))
     ),
-    *(Candidate(FULL, head) for head in (1.0, 0.2)),
 ]
 
 
@@ -139,7 +138,6 @@ def main() -> None:
     arguments = parser.parse_args()
     domains = sorted(p.name for p in DATA.iterdir() if p.is_dir() and p.name != BASE)
     todo = [(d, c) for d in domains for c in CANDIDATES if (d, c) not in results()]
-    todo.sort(key=lambda job: job[1].method == FULL)  # the longest ones last
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
         for future in as_completed([pool.submit(run, *job) for job in todo]):
