@@ -10,6 +10,7 @@ from PIL import Image
 from onetrunk.benchmark.report import MethodLabel, read_rows, require_extra
 from onetrunk.benchmark.report.look import looks, picture, place_labels
 from onetrunk.benchmark.report.pictures import (
+    _legend,
     accuracy_against_parameters,
     accuracy_by_domain,
     change_by_layer,
@@ -53,6 +54,15 @@ def test_every_picture_of_a_comparison_is_drawn_whatever_is_missing(table, part)
     drawn(change_by_layer(kept, LOOKS))
     adapted = [row for row in kept if row.method == "parallel"]
     drawn(change_map(adapted, change_range(adapted)))
+
+
+def test_a_legend_has_as_many_columns_as_the_picture_is_wide():
+    names = [MethodLabel(f"m{n}", f"a method of long name, {n}", "adapters") for n in range(8)]
+    with picture(9.0, 3.0) as canvas:
+        _legend(canvas.figure, list(looks(names).values()), lines=False)
+        [legend] = canvas.figure.legends
+        assert legend.get_window_extent().width <= canvas.figure.bbox.width
+        assert 2 <= legend._ncols < 6
 
 
 def test_transfer_curves_are_drawn_whatever_is_missing(table):

@@ -299,7 +299,13 @@ def _legend(figure: Any, drawn: Sequence[Look], *, lines: bool) -> None:
         )
         for look in drawn
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(6, len(handles)), fontsize=8)
+    for n_columns in range(min(6, len(handles)), 0, -1):  # as many as the picture is wide
+        legend = figure.legend(
+            handles=handles, loc="outside upper left", ncols=n_columns, fontsize=8
+        )
+        if n_columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 @contextmanager
