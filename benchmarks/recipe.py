@@ -193,13 +193,24 @@ def cells(stage: str) -> list[Cell]:
 
 
 def table() -> None:
-    """The table of docs/recipes.md, from the results."""
+    """Every cell, then the means over domains where one setting has several."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    print("| backbone | domain | images | family | recipe | val | test |")
-    print("|---|---|---|---|---|---|---|")
+    print("| backbone | domain | images | family | recipe | head | val | test |")
+    print("|---|---|---|---|---|---|---|---|")
+    settings: dict[tuple[str, ...], list[dict]] = {}
     for row in rows:
-        facts = (row["backbone"], row["domain"], row["n_train"], row["trained"], row["recipe"])
-        print("|", " | ".join(map(str, facts)), f"| {row['val']:.3f} | {row['test']:.3f} |")
+        asked = "300" if row["n_images"] == 300 else "all"
+        own = (row["trained"], row["recipe"], row["start"])
+        tell(row["backbone"], row["domain"], row["n_train"], *own, rows=[row])
+        settings.setdefault((row["backbone"], asked, *own), []).append(row)
+    for (backbone, asked, *own), same in settings.items():
+        if len(same) > 1:
+            tell(backbone, f"mean of {len(same)}", asked, *own, rows=same)
+
+
+def tell(*facts: object, rows: list[dict]) -> None:
+    val, test = (sum(row[part] for row in rows) / len(rows) for part in ("val", "test"))
+    print("|", " | ".join(map(str, facts)), f"| {val:.3f} | {test:.3f} |")
 
 
 def main() -> None:
@@ -208,6 +219,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes, a cell each")
     arguments = parser.parse_args()
+    if arguments.stage == "table":
+        table()
+        return
     if arguments.stage == "pretrain":
         torch.set_num_threads(arguments.threads)
         pretrain("convnext", epochs=6)

@@ -1,0 +1,64 @@
+"""Two methods over the cells that both have: the comparisons of docs/results/mini.md.
+
+    python benchmarks/paired.py tf_efficientnet_lite0 "allocate(budget='1%')" "uniform(budget='1%')"
+
+Reads benchmarks/results/mini/cells.jsonl and trains nothing.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from onetrunk.benchmark.ledger import Ledger
+from onetrunk.benchmark.report import read_rows
+from onetrunk.benchmark.report.summary import REFERENCE, common, paired, score
+
+LEDGER = Path(__file__).parent / "results" / "mini"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("backbone", help="a part of its name")
+    parser.add_argument("method")
+    parser.add_argument("other")
+    arguments = parser.parse_args()
+    records = [r for r in Ledger(LEDGER).read().values() if r["kind"] == "cell"]
+    rows = [r for r in read_rows(records) if arguments.backbone in r.backbone and not r.per_class]
+    of = {m: [r for r in rows if r.method == m] for m in {r.method for r in rows}}
+    mine, theirs = of[arguments.method], of[arguments.other]
+    tell("all seeds", mine, theirs)
+    for seed in sorted({row.seed for row in mine}):
+        tell(f"seed {seed}", [row for row in mine if row.seed == seed], theirs)
+        points = score([row for row in mine if row.seed == seed], of[REFERENCE])
+        print(f"  S {points.total:.0f} of {points.reference:.0f}")
+    print("learning rates of seed 0:", Counter(f"{r.lr:g}" for r in mine if not r.seed and r.lr))
+    gains = domain_means(common(of[REFERENCE], of["head"]))  # fine-tuning over the probe
+    mean = domain_means(common(mine, theirs))
+    for domain, points in sorted(mean.items(), key=lambda item: -item[1]):
+        print(f"  {domain:14} {100 * points:+.1f}")
+    both = sorted(mean.keys() & gains.keys())
+    correlation = np.corrcoef([mean[d] for d in both], [gains[d] for d in both])[0, 1]
+    print(f"correlation with fine-tuning's gain over the probe: {correlation:+.2f}")
+
+
+def tell(what: str, mine: list, theirs: list) -> None:
+    found = paired(mine, theirs)
+    low, high = found.interval
+    wins = sum(points > 0 for points in domain_means(common(mine, theirs)).values())
+    print(
+        f"{what}: {100 * found.mean:+.2f} points ({100 * low:+.1f} to {100 * high:+.1f}), "
+        f"higher on {wins} of {found.n_domains} domains"
+    )
+
+
+def domain_means(pairs: list) -> dict[str, float]:
+    points: dict[str, list[float]] = {}
+    for row, other in pairs:
+        points.setdefault(row.domain, []).append(row.test_accuracy - other.test_accuracy)
+    return {domain: float(np.mean(values)) for domain, values in points.items()}
+
+
+if __name__ == "__main__":
+    main()
