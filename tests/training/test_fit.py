@@ -275,9 +275,7 @@ def test_with_validation_the_best_epoch_stays(
 ) -> None:
     model = make_model()
     val, best = make_tensors(15, seed=9), {}
-    best_accuracy = (
-        ot.evaluate(model, val).accuracy - 1e-9
-    )  # an epoch as good as the start is taken
+    best_accuracy = ot.evaluate(model, val).accuracy - 1e-9  # one as good as the start is taken
     for step in fit(model, make_tensors(24), ot.Recipe(epochs=4, batch_size=8, seed=1), val=val):
         assert (step.val_accuracy is None) == (step.step % 3 != 0)
         assert step.best == ((step.val_accuracy or -2.0) > best_accuracy)
@@ -290,17 +288,13 @@ def test_with_validation_the_best_epoch_stays(
 def test_where_every_epoch_is_worse_the_network_stays_as_it_came(
     make_model: Make, make_tensors: Make, own_bits: Make, same: Make
 ) -> None:
-    data = make_tensors(24)
-    model = make_model()
+    data, model = make_tensors(24), make_model()
     for _ in fit(model, data, ot.Recipe(epochs=30, batch_size=8), val=data):
         pass
-    came, accuracy = own_bits(model), ot.evaluate(model, data).accuracy
-    for step in fit(
-        model, data, ot.Recipe(epochs=2, batch_size=8, lr=10.0, clip_norm=None), val=data
-    ):
-        assert not step.best
+    came = own_bits(model)
+    harmful = ot.Recipe(epochs=2, batch_size=8, lr=10.0, clip_norm=None)
+    assert not any(step.best for step in fit(model, data, harmful, val=data))
     assert same(own_bits(model), came)
-    assert accuracy > 0.4
 
 
 def test_steps_report_the_schedule(make_model: Make, make_tensors: Make) -> None:

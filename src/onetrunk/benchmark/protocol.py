@@ -1,8 +1,9 @@
 """Protocol: everything that the cells of one study have in common, as typed fields.
 
-Every method starts at the linear probe's head and has the same tuning: whole trainings, whose best
-epoch on validation images chooses. Learning rates are the recipe's times a power of `ratio`; the
-search climbs from the recipe's own, down or up, for as long as each is better. Batch norms keep the
+Every method starts at the linear probe's head and has the same ratios of rates and the same tuning:
+whole trainings, whose best epoch on validation images chooses. Learning rates are the recipe's
+times a power of `ratio`; the search climbs from the recipe's own, down or up, for as long as each
+is better. Batch norms keep the
 backbone's statistics first; where the batch's are better at the recipe's rates, the climb begins
 anew there. Then higher decays for as long as each is better. The best training is the result, and
 its test images are scored once. Other seeds than `TUNED_SEED` train once, at the setting that it
@@ -21,7 +22,7 @@ from ..errors import TrainingError
 from ..training.recipe import Recipe
 
 Statistics = Literal["batch", "running"]
-HEAD_RATIO, INNER_RATIO = 0.2, 16.0  # rates of head and inner factor: benchmarks/ratios.py
+HEAD_RATIO, INNER_RATIO = 0.2, 16.0  # rates of head and inner factor: docs/recipes.md
 TUNED_SEED = 0  # whose trials choose for every seed
 
 

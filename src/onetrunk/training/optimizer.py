@@ -35,8 +35,9 @@ def _kind(owner: nn.Module, name: str, heads: tuple[str, ...]) -> Kind:
         return "inner" if name.rpartition(".")[2] in owner.inner else "adapter"
     if is_norm(owner):
         return "norm"
-    if of_lora := [kind for part, kind in _PEFT.items() if f".{part}." in name]:
-        return of_lora[0]
+    for part, kind in _PEFT.items():
+        if f".{part}." in name:
+            return kind
     return "head" if name.startswith(heads) else "full"
 
 

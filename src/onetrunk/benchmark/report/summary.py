@@ -183,7 +183,7 @@ def paired(rows: Sequence[Row], baseline: Sequence[Row]) -> Paired | None:
     means = [float(np.mean(group)) for group in domains.values()]
     return Paired(
         mean=float(np.mean(means)),
-        interval=_interval(means if len(means) > 1 else differences),
+        interval=interval(means if len(means) > 1 else differences),
         wins=sum(difference > 0 for difference in differences),
         losses=sum(difference < 0 for difference in differences),
         n_cells=len(pairs),
@@ -251,7 +251,8 @@ def t_quantile(degrees: int) -> float:
     return float(np.sqrt(degrees) * np.tan(np.interp(0.95 * mass[-1], mass, angles)))
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % of the mean of `values` (paired t for differences); None for fewer than two."""
     if len(values) < 2:
         return None
     found = spread(values)
