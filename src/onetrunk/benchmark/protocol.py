@@ -3,11 +3,10 @@
 Every method starts at the linear probe's head and has the same ratios of rates and the same tuning:
 whole trainings, whose best epoch on validation images chooses. Learning rates are the recipe's
 times a power of `ratio`; the search climbs from the recipe's own, down or up, for as long as each
-is better. Batch norms keep the
-backbone's statistics first; where the batch's are better at the recipe's rates, the climb begins
-anew there. Then higher decays for as long as each is better. The best training is the result, and
-its test images are scored once. Other seeds than `TUNED_SEED` train once, at the setting that it
-chose.
+is better. Batch norms keep the backbone's statistics first; where the batch's are better at the
+recipe's rates, the climb begins anew there. Then higher decays for as long as each is better. The
+best training is the result, and its test images are scored once. Other seeds than `TUNED_SEED`
+train once, at the setting that it chose.
 
 A trial is as long as the training it stands for: short ones choose what is fastest, not what is
 best, and that costs slow starters such as adapters more than fine-tuning.
