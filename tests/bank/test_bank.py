@@ -17,7 +17,7 @@ from torch import nn
 import onetrunk as ot
 from onetrunk.backbones import fingerprint
 from onetrunk.bank.bank import Bank
-from onetrunk.core.attach import delta
+from onetrunk.core.attach import delta, stored
 from onetrunk.data import Preprocessing
 from onetrunk.errors import AttachError, BankError, DamagedError, OnetrunkError
 from onetrunk.tensorfile import pack, unpack
@@ -189,7 +189,7 @@ def test_preprocessing_metrics_and_provenance_travel_along(bank, net):
         }  # fmt: skip
         assert card.preprocessing == model.domain.preprocessing
         assert (card.name, card.family, card.classes) == ("flowers", "norm", tuple(CLASSES))
-        assert card.numbers == sum(t.numel() for t in delta(model).values())
+        assert card.numbers == sum(t.numel() for t in stored(model).values())
         assert only_blob(bank, "flowers").stat().st_size == card.size
     assert bank.load("flowers").domain.preprocessing.hflip is False
 
@@ -713,5 +713,5 @@ def test_a_domain_removed_during_verify_is_no_problem(bank, net, monkeypatch):
 def test_blobs_are_plain_files_that_check_themselves(bank, net):
     bank.add("a", attached(net))
     tensors, card = unpack(only_blob(bank, "a").read_bytes(), "the blob")
-    assert card["domain"] == 1 and card["backbone"]["fingerprint"] == fingerprint(net)
-    assert tensors.keys() == delta(attached(net)).keys()
+    assert card["domain"] == 4 and card["backbone"]["fingerprint"] == fingerprint(net)
+    assert tensors.keys() == stored(attached(net)).keys()

@@ -43,7 +43,7 @@ def net():
 def compressed(net, family=None, share="output", fraction=0.5):
     family = family or ot.Parallel(init="released")
     models = {
-        name: ot.attach(net, family, ["a", "b", "c"], input_size=SIZE, seed=seed).eval()
+        name: warmed(ot.attach(net, family, ["a", "b", "c"], input_size=SIZE, seed=seed))
         for seed, name in enumerate(NAMES)
     }
     return compress(models, rank_fraction=fraction, share=share)
@@ -55,6 +55,13 @@ def bank(tmp_path, net):
     for name, model in compressed(net).items():
         bank.add(name, model)
     return bank
+
+
+@torch.no_grad()
+def warmed(model):
+    """A network whose norms have seen a batch."""
+    model.train()(torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(8)))
+    return model.eval()
 
 
 @torch.no_grad()
@@ -122,7 +129,7 @@ def test_a_later_domain_is_added_over_the_stored_basis(bank):
 
 
 def test_a_bank_keeps_domains_with_and_without_a_basis(bank, net):
-    plain = ot.attach(net, ot.Parallel(init="released"), ["a", "b"], input_size=SIZE).eval()
+    plain = warmed(ot.attach(net, ot.Parallel(init="released"), ["a", "b"], input_size=SIZE))
     bank.add("plain", plain)
     assert torch.equal(logits(bank.load("plain")), logits(plain)) and bank.verify().ok
     cards = {name: unpack(bank._store.read(name).blob, name)[1] for name in ("plain", "signs")}

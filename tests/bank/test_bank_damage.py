@@ -124,8 +124,8 @@ def test_a_checkpoint_or_a_backbone_is_no_domain(bank, good, tmp_path):
 
 
 def test_a_file_of_the_future_says_so(bank, good, tmp_path):
-    message = refused(bank, tmp_path, changed(good, domain=4), BankError)
-    assert "has format 4, and this onetrunk reads format 3" in message and "Upgrade" in message
+    message = refused(bank, tmp_path, changed(good, domain=5), BankError)
+    assert "has format 5, and this onetrunk reads format 4" in message and "Upgrade" in message
 
 
 DEEP = json.loads("[" * 500 + "]" * 500)

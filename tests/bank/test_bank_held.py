@@ -71,7 +71,9 @@ def test_it_reads_back_bit_for_bit(bank, net):
 
 
 def test_only_a_domain_that_needs_it_is_of_the_new_format(bank, net):
-    bank.add("all", ot.attach(net, ot.Parallel(), ["daisy", "rose"], input_size=SIZE))
+    every = ot.attach(net, ot.Parallel(), ["daisy", "rose"], input_size=SIZE).train()
+    every(torch.rand(2, *SIZE))
+    bank.add("all", every)
     assert (card_of(bank)["domain"], card_of(bank, "all")["domain"]) == (3, 1)
     assert card_of(bank)["held"] == ["norm1"] and card_of(bank)["basis"] is None
     assert "held" not in card_of(bank, "all")
@@ -107,7 +109,7 @@ def test_an_older_reader_is_told_that_a_newer_one_wrote_it(bank, monkeypatch):
         ({"basis": 1}, "'basis' is not a text"),
         ({"domain": 1}, "'its keys' is not"),
         ({"domain": 2}, "'its keys' is not"),
-        ({"domain": True}, "'domain' is not format 1, 2 or 3"),
+        ({"domain": True}, "'domain' is not format 1, 2, 3 or 4"),
     ],
 )
 def test_hostile_cards_are_refused(bank, tmp_path, change, match):

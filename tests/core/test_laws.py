@@ -410,7 +410,6 @@ def test_ten_domains_hold_the_backbone_once_and_ten_deltas(case: Case) -> None:
     assert sum(storages.values()) == sum(t.nbytes for t in net.state_dict().values()) + (
         10 * bytes_each
     )
-    assert bytes_each == cost(models[0], (3, 9, 8)).delta_bytes
 
 
 @every_case

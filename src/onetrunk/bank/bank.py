@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from ..backbones import backbone as build_backbone
 from ..backbones import fingerprint
 from ..backbones.written_form import build_empty, load_tensors, read_form, written_form
-from ..core.attach import Domain, delta, domain_of
+from ..core.attach import Domain, backbone_statistics, delta, domain_of, stored
 from ..core.basis import Basis
 from ..core.compress import standalone
-from ..core.tree import copy_tree, frozen_pairs, storage_key
+from ..core.tree import copy_tree, frozen_pairs, same_bits, storage_key
 from ..errors import BankError, DamagedError, OnetrunkError
 from ..files import PathLike, read_checked, reason, write_atomically
 from ..tensorfile import fingerprint_of, pack, unpack
@@ -386,17 +386,18 @@ class Bank:
         if domain.basis is not None:
             self._check_fingerprint(domain.basis.backbone, f"the basis of domain {name!r}")
             _refuse_changed_basis(name, model, domain, domain.basis)
-        tensors = delta(model)
-        if (bad := _non_finite(tensors)) is not None:
+        own, tensors = delta(model), stored(model)
+        if (bad := _non_finite(own)) is not None:
             raise BankError(
                 f"domain {name!r}: {bad} holds NaN or infinity, and a bank stores finite numbers "
                 "only. Train the domain again, with a smaller learning rate."
             )
         backbone = {"spec": self.backbone_form, "fingerprint": self.backbone_fingerprint}
         what = f"the card of domain {name!r}"
-        card = write_card(domain, tensors, backbone, metrics, provenance, what)
+        whole = len(tensors) == len(own)
+        card = write_card(domain, tensors, backbone, metrics, provenance, what, whole=whole)
         twin = read_blueprint(card, what).build(domain.backbone, domain.basis)
-        if differences := _differences(delta(twin), tensors):
+        if differences := _differences(delta(twin), own):
             raise BankError(
                 f"domain {name!r}: its network was altered after attach, and the bank could not "
                 f"build it again (- expected, + found):\n{differences}"
@@ -584,6 +585,8 @@ def _network(
             "Get it again from where it came from."
         ) from error
     own = delta(model)
+    if not blueprint.whole:
+        tensors = {**_left_out(model, tensors), **tensors}
     if differences := _differences(own, tensors):
         raise DamagedError(
             f"{origin}: its numbers do not fit what its card describes (- expected, + found):\n"
@@ -597,6 +600,12 @@ def _network(
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
     return model.eval()
+
+
+def _left_out(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The statistics that a file does not hold, since they are the backbone's."""
+    known = backbone_statistics(model)
+    return {name: known[name] for name in delta(model) if name in known and name not in tensors}
 
 
 def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
@@ -633,7 +642,7 @@ def _refuse_changed(name: str, model: nn.Module, domain: Domain) -> None:
             "after attach. Give the network that attach returned."
         ) from None
     for own, theirs, tensor_name in pairs:
-        if not _same_bits(own, theirs):
+        if not same_bits(own, theirs):
             types = "" if own.dtype == theirs.dtype else f" ({own.dtype}, not {theirs.dtype})"
             raise BankError(
                 f"domain {name!r}: its shared weight {tensor_name} is no longer the backbone's"
@@ -650,7 +659,7 @@ def _refuse_changed_basis(name: str, model: nn.Module, domain: Domain, basis: Ba
         for site, factors in basis.factors.items()
         for key, tensor in factors.items()
     }
-    moved = [key for key in sorted(domain.shared) if not _same_bits(state[key], held[key])]
+    moved = [key for key in sorted(domain.shared) if not same_bits(state[key], held[key])]
     if moved or basis.taken_now() != basis.fingerprint:
         raise BankError(
             f"domain {name!r}: its basis has been trained or written to since it was made"
@@ -662,16 +671,6 @@ def _refuse_changed_basis(name: str, model: nn.Module, domain: Domain, basis: Ba
 def _place_of(backbone: nn.Module) -> torch.device:
     tensors = itertools.chain(backbone.parameters(), backbone.buffers())
     return next((t.device for t in tensors), torch.device("cpu"))
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(_bytes(a), _bytes(b))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _take_dtypes(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

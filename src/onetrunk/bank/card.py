@@ -23,8 +23,8 @@ from ..data import Preprocessing
 from ..errors import BankError, DamagedError
 from .manifest import plain_card
 
-FORMAT = 3  # the newest that is read; a domain is written as the first one that can say it
-WITHOUT_BASIS, WITH_BASIS, WITH_HELD_NORMS = 1, 2, 3
+FORMAT = 4  # the newest that is read; a domain is written as the first one that can say it
+WITHOUT_BASIS, WITH_BASIS, WITH_HELD_NORMS, WITHOUT_STATISTICS = 1, 2, 3, 4
 LIGHT = ("family", "classes", "preprocessing", "metrics", "provenance", "numbers")
 REST = ("domain", "backbone", "scope", "plan", "skipped", "head", "head_features", "input_size")
 KEYS = {*LIGHT, *REST}
@@ -32,6 +32,7 @@ MORE_KEYS: dict[Any, set[str]] = {
     WITHOUT_BASIS: set(),
     WITH_BASIS: {"basis"},
     WITH_HELD_NORMS: {"basis", "held"},  # its basis is null where it has none
+    WITHOUT_STATISTICS: {"basis", "held"},  # and `held` is empty where it has none
 }
 MAX_FAMILY_LETTERS = 200
 MAX_INPUT_NUMBERS = 1 << 26  # of one image: 256 MB in float32
@@ -81,6 +82,7 @@ class Blueprint:
     numbers: int
     basis: str | None = None  # fingerprint of what its adapters share with other domains'
     held: tuple[str, ...] = ()  # norms that stay the backbone's
+    whole: bool = True  # else the file leaves out norm statistics that are the backbone's
 
     def build(self, backbone: nn.Module, basis: Basis | None = None) -> nn.Module:
         """The network over `backbone`, its own numbers still those of a fresh domain."""
@@ -122,16 +124,21 @@ def write_card(
     metrics: Mapping[str, Any] | None,
     provenance: Mapping[str, Any] | None,
     what: str,
+    *,
+    whole: bool = True,
 ) -> dict[str, Any]:
-    """The card of a domain's network; `what` names it in errors.
+    """The card of a domain's network over its file's `tensors`; `what` names it in errors.
+
+    Args:
+        whole: whether they are all that is the domain's; else norm statistics are left out.
 
     Raises:
         BankError: where metrics or provenance are not plain JSON values.
     """
-    preprocessing = domain.preprocessing
+    preprocessing, version = domain.preprocessing, _format_of(domain, whole)
     versions = {"onetrunk": __version__, "torch": str(torch.__version__)}
     card: dict[str, Any] = {
-        "domain": _format_of(domain),
+        "domain": version,
         "backbone": dict(backbone),
         "family": domain.family,
         "scope": domain.scope,
@@ -146,7 +153,7 @@ def write_card(
     }
     if domain.basis is not None:
         card["basis"] = domain.basis.fingerprint
-    if domain.held:
+    if version in (WITH_HELD_NORMS, WITHOUT_STATISTICS):
         card |= {"basis": card.get("basis"), "held": list(domain.held)}
     try:
         card["metrics"] = _without_scalars(metrics or {})
@@ -156,7 +163,9 @@ def write_card(
     return plain_card(card, what)
 
 
-def _format_of(domain: Domain) -> int:
+def _format_of(domain: Domain, whole: bool) -> int:
+    if not whole:
+        return WITHOUT_STATISTICS
     if domain.held:
         return WITH_HELD_NORMS
     return WITHOUT_BASIS if domain.basis is None else WITH_BASIS
@@ -219,13 +228,14 @@ def read_blueprint(card: dict[str, Any], origin: str) -> Blueprint:
 
 def _blueprint(card: Mapping[str, Any]) -> Blueprint:
     version = card.get("domain")
-    _require(type(version) is int and version in MORE_KEYS, "domain", "format 1, 2 or 3")
+    _require(type(version) is int and version in MORE_KEYS, "domain", "format 1, 2, 3 or 4")
     keys = KEYS | MORE_KEYS[version]
     _require(card.keys() == keys, "its keys", ", ".join(sorted(keys)))
     held = _texts(card, "held") if "held" in keys else ()
     if "held" in keys:
-        _require(0 < len(set(held)) == len(held), "held", "one or more different names")
-        _require(card["scope"] == "adapters", "scope", "adapters, where norms are held")
+        some = bool(held) or version == WITHOUT_STATISTICS
+        _require(some and len(set(held)) == len(held), "held", "one or more different names")
+        _require(card["scope"] == "adapters" or not held, "scope", "adapters, where norms are held")
     with_basis = version == WITH_BASIS or card.get("basis") is not None
     scope = _text(card, "scope")
     _require(scope in get_args(Scope), "scope", " or ".join(get_args(Scope)))
@@ -247,6 +257,7 @@ def _blueprint(card: Mapping[str, Any]) -> Blueprint:
         numbers=_count(card, "numbers"),
         basis=_text(card, "basis") if with_basis else None,
         held=held,
+        whole=version != WITHOUT_STATISTICS,
     )
 
 

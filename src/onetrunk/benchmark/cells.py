@@ -21,7 +21,7 @@ from ..backbones import fingerprint
 from ..bank.bank import Bank
 from ..bank.names import is_name, suggest
 from ..core.adapters import Head
-from ..core.attach import delta, domain_of
+from ..core.attach import domain_of, stored
 from ..core.change import relative_change
 from ..core.cost import cost
 from ..data import Images, Prepared, Preprocessing, Splits, load
@@ -167,7 +167,7 @@ def figures(cell: Cell, model: nn.Module, setting: Setting) -> dict[str, Any]:
 def numbers_of(model: nn.Module) -> dict[str, Any]:
     """The domain's own numbers, without and of its head; those of a shared basis; by site."""
     heads = tuple(f"{name}." for name in domain_of(model).head)
-    own = {name: t.numel() for name, t in delta(model).items()}
+    own = {name: t.numel() for name, t in stored(model).items()}
     head = sum(n for name, n in own.items() if name.startswith(heads))
     plan = domain_of(model).plan
     sites = {site.name: site.numbers for site in cost(model).sites} if plan else None

@@ -5,6 +5,8 @@ two threads. What fails is told at the end with its reason; what was finished st
 """
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -144,7 +146,7 @@ def _results(
             yield _attempt(work, cells, ledger, folder)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         futures = [pool.submit(_attempt, work, cells, ledger, folder) for cells in jobs]
         try:
             for future in as_completed(futures):
@@ -166,7 +168,16 @@ def _attempt(
     return records, "", f"{what}: {accuracy:.3f}"
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
+    """One thread, and an end with the process that the study began in, even if that is killed."""
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # a cell is added whole or not at all, so nothing is lost

@@ -27,10 +27,12 @@ from .tree import (
     Frozen,
     copy_tree,
     is_norm,
+    original_names,
     own_tensors,
     passed_on,
     replace_module,
     replace_modules,
+    same_bits,
     storage_key,
 )
 
@@ -619,10 +621,39 @@ def delta_names(model: nn.Module) -> list[str]:
 
 
 def delta(model: nn.Module) -> dict[str, Tensor]:
-    """The domain's own tensors by name, detached, not copied: what a bank stores."""
+    """The domain's own tensors by name, detached, not copied."""
     domain = domain_of(model)
     others = domain.frozen | domain.shared
     return {name: t for name, t in model.state_dict().items() if name not in others}
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """The delta but for norm statistics that are the backbone's bit for bit: what a bank stores.
+
+    Where norms kept the backbone's statistics in training, gains and shifts are all that is new.
+    """
+    theirs = backbone_statistics(model)
+    own = delta(model)
+    return {name: t for name, t in own.items() if not _is_known(t, theirs.get(name))}
+
+
+def backbone_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The backbone's own values of the norm statistics that are the domain's, by name in `model`.
+
+    Statistics are a norm's buffers; those of an adapter's own norm have no counterpart.
+    """
+    modules, theirs = dict(model.named_modules()), domain_of(model).backbone.state_dict()
+    found = {}
+    for name, original in original_names(model).items():
+        owner, _, key = name.rpartition(".")
+        norm = modules.get(owner)
+        if norm is not None and is_norm(norm) and key in norm._buffers and original in theirs:
+            found[name] = theirs[original]
+    return found
+
+
+def _is_known(own: Tensor, theirs: Tensor | None) -> bool:
+    return theirs is not None and same_bits(own, theirs)
 
 
 def trains_basis(model: nn.Module) -> bool:

@@ -1,8 +1,9 @@
 """cost: what one domain costs, in numbers, bytes and multiply-adds; one counter for everything.
 
-Numbers and bytes are those of the domain's own tensors, which are what a bank stores. Multiply-adds
-are those of convolutions and matrix products for one image, as PyTorch's FLOP counter counts them
-(half its figure); element-wise work (norms, gains, sums) is left out on both sides.
+Numbers and bytes are those that a bank stores: the domain's own tensors, but for norm statistics
+that are still the backbone's. Multiply-adds are those of convolutions and matrix products for one
+image, as PyTorch's FLOP counter counts them (half its figure); element-wise work (norms, gains,
+sums) is left out on both sides.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attach import Adapted, delta, domain_of, own_size
+from .attach import Adapted, domain_of, own_size, stored
 from .trace import Size, trace
 from .tree import is_norm, own_tensors
 
@@ -34,8 +35,9 @@ class Cost:
     """What one domain costs beside its backbone.
 
     Args:
-        adapters, norms, head, weights: numbers by what holds them, running statistics included;
-            `weights` are pretrained weights of the domain's own (`full`) and other buffers.
+        adapters, norms, head, weights: numbers by what holds them, running statistics included
+            where a training has moved them; `weights` are pretrained weights of the domain's own
+            (`full`) and other buffers.
         delta_bytes: bytes of all of them: what a bank stores, but for the file's header.
         backbone_numbers, backbone_bytes: of the backbone with its own classifier.
         multiply_adds: what the adapters add an image before merging; 0 after.
@@ -132,7 +134,7 @@ def cost(model: nn.Module, input_size: Size | None = None) -> Cost:
         if name in domain.plan
     )
     counts = _numbers_by_holder(model)
-    own = delta(model)
+    own = stored(model)
     backbone = domain.backbone.state_dict()
     basis = domain.basis
     return Cost(
@@ -171,7 +173,7 @@ def _numbers_by_holder(model: nn.Module) -> dict[str, int]:
     heads = tuple(f"{name}." for name in domain.head)
     adapters = tuple(f"{n}.adapter." for n, m in modules.items() if isinstance(m, Adapted))
     counts = {"adapters": 0, "norms": 0, "head": 0, "weights": 0}
-    for name, tensor in delta(model).items():
+    for name, tensor in stored(model).items():
         if name.startswith(adapters):
             holder = "adapters"
         elif name.startswith(heads):

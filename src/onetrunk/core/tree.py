@@ -146,6 +146,17 @@ def storage_key(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, on whatever devices, have one type, one shape and the same bytes."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
 def frozen_pairs(
     model: nn.Module, backbone: nn.Module, frozen: Iterable[str]
 ) -> Iterator[tuple[Tensor, Tensor, str]]:
