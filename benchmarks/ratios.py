@@ -26,7 +26,7 @@ import onetrunk as ot
 from onetrunk.benchmark import cells
 from onetrunk.benchmark.allocated import probed
 from onetrunk.benchmark.methods import read_method
-from onetrunk.benchmark.protocol import SMALL
+from onetrunk.benchmark.protocol import SMALL, Protocol
 from onetrunk.benchmark.report.summary import interval
 from onetrunk.benchmark.setting import Setting
 from onetrunk.benchmark.studies import BASE
@@ -48,7 +48,7 @@ class Candidate:
 
     def accuracy(self, domain: str) -> tuple[float, int]:
         """On held-out images, and how many they are."""
-        setting, held_out = _setting(domain)
+        setting, held_out = setting_and_rest(domain)
         if self.method == "head":
             model = probed(setting)
         else:
@@ -61,9 +61,7 @@ class Candidate:
             graphed = torch.cuda.is_available()
             for _ in ot.fit(model, setting.train, recipe, val=setting.val, graphed=graphed):
                 pass
-        right = sum(ot.evaluate(model, part).accuracy * len(part) for part in held_out)
-        n_images = sum(map(len, held_out))
-        return right / n_images, n_images
+        return accuracy_on(model, held_out), sum(map(len, held_out))
 
 
 ADAPTERS = "lowrank(rank=16)"
@@ -76,14 +74,22 @@ CANDIDATES = [
 ]
 
 
+def accuracy_on(model: torch.nn.Module, parts: list[Prepared]) -> float:
+    right = sum(ot.evaluate(model, part).accuracy * len(part) for part in parts)
+    return right / sum(map(len, parts))
+
+
 @lru_cache(maxsize=4)
-def _setting(domain: str) -> tuple[Setting, list[Prepared]]:
-    """What a cell of the small study starts from, and the images that it does not use."""
-    cell = cells.Cell("ratios", cells.Trunk(TRUNK), str(DATA), domain, "head", 0, SMALL)
+def setting_and_rest(
+    domain: str, trunk: str = TRUNK, protocol: Protocol = SMALL, seed: int = 0
+) -> tuple[Setting, list[Prepared]]:
+    """What a cell of a study starts from, and some of the images that it does not use."""
+    cell = cells.Cell("ratios", cells.Trunk(trunk), str(DATA), domain, "head", seed, protocol)
     setting, splits = cells.setting_of(cell), cells._splits(cell.data, domain)
+    drawn = seed if protocol.per_class is not None else 0
     held_out = []
     for split, images in (("train", splits.train), ("val", splits.val)):
-        names = set(cells.subset(images, *cells._subset_size(SMALL, split), 0).names)
+        names = set(cells.subset(images, *cells._subset_size(protocol, split), drawn).names)
         rest = [row for row, name in enumerate(images.names) if name not in names]
         order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(1))
         rows = sorted(rest[place] for place in order[:N_HELD_OUT].tolist())

@@ -73,7 +73,9 @@ def model() -> nn.Module:
 
 def recipe(optimizer: str) -> ot.Recipe:
     """Four epochs of three steps, the last image left out of each."""
-    return ot.Recipe(epochs=4, batch_size=8, crop_scale=(0.5, 1.0), **OPTIMIZERS[optimizer])
+    return ot.Recipe(
+        epochs=4, batch_size=8, crop_scale=(0.5, 1.0), keep="best", **OPTIMIZERS[optimizer]
+    )
 
 
 def run(

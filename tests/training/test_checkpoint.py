@@ -32,6 +32,7 @@ def checkpoint(**changed: Any) -> Checkpoint:
         "computed_with": THREADS,
         "step": 5,
         "epochs": 2,
+        "start_accuracy": 0.7 / 3,
         "best_accuracy": 0.1 + 0.2,
         "network": some_tensors(1),
         "best": some_tensors(2),
@@ -46,7 +47,8 @@ def test_it_reads_back_bit_for_bit(best: dict[str, Tensor], tmp_path: Path) -> N
     written = checkpoint(best=best)
     write_checkpoint(tmp_path / "new" / "run", written)
     found = read_checkpoint(tmp_path / "new" / "run", IDENTITY, THREADS)
-    assert (found.step, found.epochs, found.best_accuracy) == (5, 2, 0.1 + 0.2)
+    assert (found.step, found.epochs) == (5, 2)
+    assert (found.start_accuracy, found.best_accuracy) == (0.7 / 3, 0.1 + 0.2)
     for part in ("network", "best", "good", "optimizer"):
         theirs, ours = getattr(found, part), getattr(written, part)
         assert theirs.keys() == ours.keys()
@@ -78,9 +80,9 @@ def test_every_damaged_byte_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "card",
     [
-        {"checkpoint": 1},
-        {"checkpoint": 1, "identity": 3, "computed_with": {}, "step": 1, "epochs": 1},
-        {"checkpoint": 1, "identity": {}, "computed_with": {}, "step": "x", "epochs": 1},
+        {"checkpoint": 2},
+        {"checkpoint": 2, "identity": 3, "computed_with": {}, "step": 1, "epochs": 1},
+        {"checkpoint": 2, "identity": {}, "computed_with": {}, "step": "x", "epochs": 1},
     ],
 )
 def test_a_whole_file_without_the_parts_is_damaged(card: dict[str, Any], tmp_path: Path) -> None:
@@ -90,8 +92,9 @@ def test_a_whole_file_without_the_parts_is_damaged(card: dict[str, Any], tmp_pat
 
 
 def test_a_foreign_part_is_damaged(tmp_path: Path) -> None:
-    card = {"checkpoint": 1, "identity": {}, "computed_with": {}, "step": 1, "epochs": 1}
-    data = pack({"surprise.x": torch.ones(1)}, {**card, "best_accuracy": 0.5})
+    card = {"checkpoint": 2, "identity": {}, "computed_with": {}, "step": 1, "epochs": 1}
+    accuracies = {"start_accuracy": 0.5, "best_accuracy": 0.5}
+    data = pack({"surprise.x": torch.ones(1)}, {**card, **accuracies})
     (tmp_path / "run").write_bytes(data)
     with pytest.raises(DamagedError, match=r"without its parts.*surprise"):
         read_checkpoint(tmp_path / "run", {}, {})

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 import onetrunk as ot
 from onetrunk.core.attach import delta_names
 from onetrunk.errors import DamagedError, DataError, TrainingError
-from onetrunk.training.fit import Step, fit
+from onetrunk.training.fit import Loop, Step, fit
 from onetrunk.training.optimizer import held_norms
 from onetrunk.training.randomness import own_draws, reseed, seed_of
 
@@ -276,13 +276,42 @@ def test_with_validation_the_best_epoch_stays(
     model = make_model()
     val, best = make_tensors(15, seed=9), {}
     best_accuracy = ot.evaluate(model, val).accuracy - 1e-9  # one as good as the start is taken
-    for step in fit(model, make_tensors(24), ot.Recipe(epochs=4, batch_size=8, seed=1), val=val):
+    recipe = ot.Recipe(epochs=4, batch_size=8, seed=1, keep="best")
+    for step in fit(model, make_tensors(24), recipe, val=val):
         assert (step.val_accuracy is None) == (step.step % 3 != 0)
         assert step.best == ((step.val_accuracy or -2.0) > best_accuracy)
         if step.best:
             best, best_accuracy = own_bits(model), step.val_accuracy
     assert same(own_bits(model), best)
     assert ot.evaluate(model, val).accuracy == best_accuracy
+
+
+@pytest.mark.parametrize(
+    ("keep", "accuracies", "stays"),  # the start's, then every epoch's, on 15 images
+    [
+        ("best", [0.4, 0.5, 0.9, 0.9, 0.8], 2),
+        ("late", [0.4, 0.5, 0.9, 0.9, 0.8], 4),
+        ("late", [0.4, 0.5, 0.9, 0.9, 0.6], 3),  # two standard errors of 0.9 are 0.18
+        ("late", [0.4, 0.9, 1.0, 0.9, 0.8], 3),  # of 1.0, 0.12
+        ("late", [0.85, 0.5, 0.9, 0.8, 0.8], 2),
+        ("late", [0.6, 0.5, 0.6, 0.5, 0.5], 2),
+        ("best", [0.6, 0.5, 0.6, 0.5, 0.5], 2),
+        ("late", [0.6, 0.5, 0.5, 0.5, 0.5], 0),
+        ("best", [0.6, 0.5, 0.5, 0.5, 0.5], 0),
+    ],
+)
+def test_the_epoch_that_the_recipe_names_stays(
+    make_model: Make, make_tensors: Make, own_bits: Make, same: Make, monkeypatch: Any,
+    keep: Any, accuracies: list[float], stays: int,
+) -> None:  # fmt: skip
+    model, left = make_model(), iter(accuracies)
+    monkeypatch.setattr(Loop, "_val_accuracy", lambda _: next(left))
+    states = [own_bits(model)]
+    recipe = ot.Recipe(epochs=4, batch_size=8, keep=keep)
+    for step in fit(model, make_tensors(24), recipe, val=make_tensors(15)):
+        if step.val_accuracy is not None:
+            states.append(own_bits(model))
+    assert same(own_bits(model), states[stays])
 
 
 def test_where_every_epoch_is_worse_the_network_stays_as_it_came(

@@ -49,6 +49,7 @@ REFUSED = [
     ({"optimizer": "adam"}, "optimizer='adam'): give one of adamw, sgd"),
     ({"schedule": "linear"}, "schedule='linear'): give one of cosine, step, constant"),
     ({"norm_statistics": "mine"}, "norm_statistics='mine'): give one of auto, batch, running"),
+    ({"keep": "last"}, "keep='last'): give one of late, best"),
     ({"precision": "float16"}, "precision='float16'): give one of auto, float32, bfloat16"),
     ({"nesterov": 1}, "nesterov=1): give True (with a momentum above 0) or False"),
     ({"nesterov": True, "momentum": 0}, "nesterov=True): give True (with a momentum above 0)"),

@@ -21,6 +21,7 @@ from ..errors import TrainingError
 from ..training.recipe import Recipe
 
 Statistics = Literal["batch", "running"]
+Keep = Literal["late", "best"]
 HEAD_RATIO, INNER_RATIO = 0.2, 16.0  # rates of head and inner factor: docs/recipes.md
 TUNED_SEED = 0  # whose trials choose for every seed
 
@@ -49,6 +50,7 @@ class Protocol:
         decays: weight decays, rising; the first one goes with the other trials.
         statistics: what batch norms may train with (`Recipe.norm_statistics`), in this order.
         batch_size: images a step.
+        keep: which epoch stays (`Recipe.keep`); `late` where validation images are few.
         tune_epochs: passes when the factors of a joint compression are tuned.
     """
 
@@ -64,6 +66,7 @@ class Protocol:
     decays: tuple[float, ...] = (0.05, 1.0, 5.0)
     statistics: tuple[Statistics, ...] = ("running", "batch")
     batch_size: int = 16
+    keep: Keep = "best"
     tune_epochs: int = 4
 
     def __post_init__(self) -> None:
@@ -111,6 +114,7 @@ class Protocol:
             decay_head=tuning.decay,
             decay_full=tuning.decay,
             norm_statistics=tuning.statistics,
+            keep=self.keep,
             seed=seed,
         )
 

@@ -76,7 +76,7 @@ def transfer(wish: Wish) -> list[Study]:
         family = default_adapter(trunk)
         methods = wish.methods or ("head", "norm", "full", "series", family)
         for n in wish.per_class:
-            protocol = dataclasses.replace(_protocol(trunk, wish.full), **_images(n))
+            protocol = dataclasses.replace(_protocol(trunk, wish.full), keep="late", **_images(n))
             studies.append(_study("transfer", wish, trunk, methods, protocol))
     return studies
 

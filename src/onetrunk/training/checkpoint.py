@@ -1,8 +1,9 @@
 """Checkpoints: a training's state in one safetensors file that checks itself.
 
-Tensors are named network.*, best.*, good.* and optimizer.*; the card holds the step, the best
-accuracy, what a training must agree on to go on from it (recipe, family, classes, backbone, data),
-and what it was computed with (threads, torch, device), which only makes it go on bit for bit.
+Tensors are named network.*, best.*, good.* and optimizer.*; the card holds the step, two
+accuracies, what a training must agree on to go on from it (recipe, family, classes, backbone,
+data), and what it was computed with (threads, torch, device), which only makes it go on bit for
+bit.
 """
 
 import json
@@ -18,7 +19,7 @@ from ..errors import DamagedError, TrainingError
 from ..files import read_checked, reason, write_atomically
 from ..tensorfile import pack, unpack
 
-FORMAT = 1
+FORMAT = 2
 PARTS = ("network", "best", "good", "optimizer")
 
 
@@ -31,9 +32,10 @@ class Checkpoint:
         computed_with: what it should agree on; JSON values, as in `identity`.
         step: steps done.
         epochs: epochs done, validation included.
-        best_accuracy: of `best`; -1 where there is none.
+        start_accuracy: on validation images before the first step; -1 where there are none.
+        best_accuracy: the highest of the epochs that were no worse; -1 where there is none.
         network: the domain's own tensors at `step`.
-        best: the same at the epoch that was best by validation; empty where there is none.
+        best: the same at the epoch that stays so far; empty where there is no validation.
         good: the same at the end of the last epoch, or at the start.
         optimizer: the optimiser's tensors, as `<parameter's number>.<name>`.
     """
@@ -42,6 +44,7 @@ class Checkpoint:
     computed_with: Mapping[str, Any]
     step: int
     epochs: int
+    start_accuracy: float
     best_accuracy: float
     network: Mapping[str, Tensor]
     best: Mapping[str, Tensor]
@@ -66,6 +69,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "computed_with": checkpoint.computed_with,
         "step": checkpoint.step,
         "epochs": checkpoint.epochs,
+        "start_accuracy": checkpoint.start_accuracy,
         "best_accuracy": checkpoint.best_accuracy,
     }
     data = pack(tensors, card)
@@ -139,6 +143,7 @@ def _checkpoint(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, An
             computed_with=dict(card["computed_with"]),
             step=int(card["step"]),
             epochs=int(card["epochs"]),
+            start_accuracy=float(card["start_accuracy"]),
             best_accuracy=float(card["best_accuracy"]),
             **parts,
         )

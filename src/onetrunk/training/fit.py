@@ -33,6 +33,8 @@ from .optimizer import build_optimizer, held_norms
 from .randomness import own_draws, reseed, seed_of, uninterrupted
 from .recipe import Recipe
 
+LATE_ERRORS = 2.0  # standard errors that a later epoch may be below the best: docs/recipes.md
+
 
 @dataclass(frozen=True)
 class Step:
@@ -44,7 +46,7 @@ class Step:
         loss: mean loss of the batch before the step.
         lr: the learning rate of this step, of what is trained with the recipe's `lr`.
         val_accuracy: accuracy on the validation data after an epoch's last step; else None.
-        best: whether the network after this step is the best by validation so far.
+        best: whether the network after this step is the one that stays so far (`Recipe.keep`).
     """
 
     step: int
@@ -62,7 +64,8 @@ class _Run:
 
     step: int = 0
     epochs: int = 0  # done, validation included
-    best_accuracy: float = -1.0
+    start_accuracy: float = -1.0  # no epoch below it is kept
+    best_accuracy: float = -1.0  # the highest of those that are no worse
     best: Mapping[str, Tensor] = field(default_factory=dict)
     good: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -81,9 +84,9 @@ def fit(
 ) -> Iterator[Step]:
     """Trains the domain's own numbers of `model` in place, one step for every record it yields.
 
-    With `val`, the network is at the end the one of the epoch that did best there (the first of
-    equals), or as it came where every epoch did worse; leaving the loop early keeps the network of
-    the last step. In the loop the network is in train mode, after it in eval mode.
+    With `val`, the network is at the end the one of the epoch that `Recipe.keep` chooses by it, or
+    as it came where every epoch did worse; leaving the loop early keeps the network of the last
+    step. In the loop the network is in train mode, after it in eval mode.
 
     Under `torchrun`, with a process group joined (`distributed.join`), every process computes its
     share of each batch and gradients are averaged; only the first one writes the checkpoint.
@@ -299,7 +302,7 @@ class Loop:
         return Step(self.run.step, self.n_steps, epoch, loss, lr, accuracy, best)
 
     def take_best(self) -> None:
-        """Gives the network the state of its best epoch, where there was validation."""
+        """Gives the network the state that validation chose, where there was any."""
         if self.run.best:
             _restore(self.model, self.run.best)
 
@@ -353,20 +356,29 @@ class Loop:
             accuracy = self._val_accuracy()
             if accuracy is None:
                 raise self._stopped(f"the validation logits are not finite at step {self.run.step}")
-            best = accuracy > self.run.best_accuracy
+            best = self._stays(accuracy)
         with uninterrupted():
             self.run.good = state
             self.run.epochs += 1
             if best and accuracy is not None:
-                self.run.best_accuracy, self.run.best = accuracy, state
+                self.run.best_accuracy = max(accuracy, self.run.best_accuracy)
+                self.run.best = state
         return accuracy, best
+
+    def _stays(self, accuracy: float) -> bool:
+        """Whether the network of this epoch takes the place of the one that was kept so far."""
+        best = self.run.best_accuracy
+        if accuracy < self.run.start_accuracy or self.val is None:
+            return False
+        if self.recipe.keep == "best":
+            return accuracy > best
+        return accuracy >= best - LATE_ERRORS * standard_error(max(best, 0.0), len(self.val))
 
     def _score_start(self) -> None:
         """Keeps the network as it came, until an epoch is as good."""
         accuracy = self._val_accuracy()
         if accuracy is not None:
-            self.run.best_accuracy = math.nextafter(accuracy, -1)
-            self.run.best = self.run.good
+            self.run.start_accuracy, self.run.best = accuracy, self.run.good
 
     def _val_accuracy(self) -> float | None:
         """None where there is no validation, or a logit that is not finite."""
@@ -387,6 +399,16 @@ class Loop:
             f"{what} of {self.n_steps}: the network has {good} again. Lower the learning rate "
             f"(lr={self.recipe.lr:g}), or look for broken numbers in the data."
         )
+
+
+def standard_error(accuracy: float, n_images: int) -> float:
+    """Of an accuracy on so many images: sqrt(p (1 - p) / n), p by Laplace's rule of succession.
+
+    >>> round(standard_error(0.75, 20), 3), round(standard_error(1.0, 20), 3)
+    (0.1, 0.047)
+    """
+    p = (accuracy * n_images + 1) / (n_images + 2)
+    return math.sqrt(p * (1 - p) / n_images)
 
 
 class Keeper:
@@ -415,6 +437,7 @@ class Keeper:
             computed_with=self.computed_with,
             step=run.step,
             epochs=run.epochs,
+            start_accuracy=run.start_accuracy,
             best_accuracy=run.best_accuracy,
             network=delta(self.loop.model),
             best=run.best,
@@ -433,6 +456,7 @@ class Keeper:
         self.loop.run = _Run(
             saved.step,
             saved.epochs,
+            saved.start_accuracy,
             saved.best_accuracy,
             _moved(saved.best, self.loop.device),
             _moved(saved.good, self.loop.device),

@@ -48,6 +48,9 @@ class Recipe:
             are learned (an adapter's own norm takes the batch's either way); `auto`: `running`
             where the backbone's statistics were trained and the training is short, up to 600 steps,
             as long ones at this learning rate need norms that follow what the adapters change.
+        keep: which epoch's network stays where there are validation images, and is no worse there
+            than the start. `late`: the latest within two standard errors of the best, as the best
+            of many epochs on a few images is mostly luck; `best`: the best, the first of equals.
         seed: of order, augmentation and dropout.
 
     Raises:
@@ -76,6 +79,7 @@ class Recipe:
     crop_scale: tuple[float, float] | None = (0.4, 1.0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     norm_statistics: Literal["auto", "batch", "running"] = "auto"
+    keep: Literal["late", "best"] = "late"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -200,6 +204,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("cosine", "step", "constant"),
     "precision": ("auto", "float32", "bfloat16"),
     "norm_statistics": ("auto", "batch", "running"),
+    "keep": ("late", "best"),
 }
 
 
