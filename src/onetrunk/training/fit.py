@@ -269,10 +269,13 @@ class Loop:
             group["lr"] = group["peak_lr"] * self._lr(self.run.step)
         if self.graphed is not None and self.graphed.replay is not None and self.model.training:
             return  # a replay asks no module, and fills the same gradients
+        self._train_mode()
+        self.optimizer.zero_grad()
+
+    def _train_mode(self) -> None:
         self.model.train()
         for held in self.held_norms:
             held.eval()
-        self.optimizer.zero_grad()
 
     def loss(self, logits_bc: Tensor, labels_b: Tensor) -> Tensor:
         half = logits_bc.dtype in (torch.bfloat16, torch.float16)
@@ -384,7 +387,9 @@ class Loop:
         """None where there is no validation, or a logit that is not finite."""
         if self.val is None:
             return None
+        self.model.eval()  # else a copy of the tree would be evaluated
         logits_nc = logits_of(self.model, self.val)
+        self._train_mode()
         if not torch.isfinite(logits_nc).all():
             return None
         return float((logits_nc.argmax(1) == self.val.labels).double().mean())
