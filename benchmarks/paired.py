@@ -1,4 +1,4 @@
-"""Two methods over the cells that both have: the comparisons of docs/results/mini.md.
+"""Two methods over the cells that both have: the comparisons of docs/results.
 
     python benchmarks/paired.py tf_efficientnet_lite0 "allocate(budget='1%')" "uniform(budget='1%')"
 
@@ -23,9 +23,11 @@ def main() -> None:
     parser.add_argument("backbone", help="a part of its name")
     parser.add_argument("method")
     parser.add_argument("other")
+    parser.add_argument("--per-class", type=int, help="of transfer: images a class")
     arguments = parser.parse_args()
     records = [r for r in Ledger(LEDGER).read().values() if r["kind"] == "cell"]
-    rows = [r for r in read_rows(records) if arguments.backbone in r.backbone and not r.per_class]
+    rows = [r for r in read_rows(records) if arguments.backbone in r.backbone]
+    rows = [r for r in rows if r.per_class == arguments.per_class]
     of = {m: [r for r in rows if r.method == m] for m in {r.method for r in rows}}
     mine, theirs = of[arguments.method], of[arguments.other]
     tell("all seeds", mine, theirs)

@@ -13,7 +13,7 @@ class DomainResult:
     """One domain: how many images and classes it had, and accuracies in [0, 1] where known.
 
     Args:
-        val_accuracy: of the epoch that did best there, so it flatters a little; None where the
+        val_accuracy: of the epoch that stays, chosen there, so it flatters a little; None where the
             validation images were trained on.
         test_accuracy: where labels were given.
         n_numbers: how many numbers are the domain's own.
