@@ -101,11 +101,11 @@ RULES = {
 
 
 def trainings() -> list[Training]:
-    """Few images first."""
+    """A backbone's all, with few images first."""
     return [
         Training(trunk, method, domain, per_class)
-        for per_class in (5, None)
         for trunk, adapters in ((TRUNK, "lowrank(rank=16)"), (RESNET26, "parallel"))
+        for per_class in (5, None)
         for domain in DOMAINS
         for method in ("full", adapters)
     ]
