@@ -109,5 +109,7 @@ def _openvino(data: bytes) -> nn.Module:
             'OpenVINO is not installed: pip install "onetrunk[rivals]"'
         ) from error
     core = openvino.Core()
-    core.set_property("CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    # float32 as the others: on processors with AMX its own choice is bfloat16
+    wanted = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    core.set_property("CPU", wanted)
     return _Runs(core.compile_model(core.read_model(io.BytesIO(data)), "CPU"))
