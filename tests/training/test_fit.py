@@ -314,6 +314,18 @@ def test_the_epoch_that_the_recipe_names_stays(
     assert same(own_bits(model), states[stays])
 
 
+@pytest.mark.parametrize(("statistics", "batch_norms_train"), [("batch", True), ("running", False)])
+def test_in_the_loop_the_network_is_in_train_mode_after_validation_too(
+    make_model: Make, make_tensors: Make, statistics: Any, batch_norms_train: bool
+) -> None:
+    model = make_model()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    recipe = ot.Recipe(epochs=2, batch_size=8, norm_statistics=statistics)
+    for _ in fit(model, make_tensors(16), recipe, val=make_tensors(9)):
+        assert norms and model.training
+        assert all(norm.training == batch_norms_train for norm in norms)
+
+
 def test_where_every_epoch_is_worse_the_network_stays_as_it_came(
     make_model: Make, make_tensors: Make, own_bits: Make, same: Make
 ) -> None:

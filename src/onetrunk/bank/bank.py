@@ -586,7 +586,7 @@ def _network(
         ) from error
     own = delta(model)
     if not blueprint.whole:
-        tensors = {**_left_out(model, tensors), **tensors}
+        tensors = {**backbone_statistics(model), **tensors}
     if differences := _differences(own, tensors):
         raise DamagedError(
             f"{origin}: its numbers do not fit what its card describes (- expected, + found):\n"
@@ -600,12 +600,6 @@ def _network(
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
     return model.eval()
-
-
-def _left_out(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The statistics that a file does not hold, since they are the backbone's."""
-    known = backbone_statistics(model)
-    return {name: known[name] for name in delta(model) if name in known and name not in tensors}
 
 
 def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:

@@ -642,12 +642,13 @@ def backbone_statistics(model: nn.Module) -> dict[str, Tensor]:
 
     Statistics are a norm's buffers; those of an adapter's own norm have no counterpart.
     """
-    modules, theirs = dict(model.named_modules()), domain_of(model).backbone.state_dict()
-    found = {}
+    domain, modules = domain_of(model), dict(model.named_modules())
+    theirs, found = domain.backbone.state_dict(), {}
     for name, original in original_names(model).items():
         owner, _, key = name.rpartition(".")
         norm = modules.get(owner)
-        if norm is not None and is_norm(norm) and key in norm._buffers and original in theirs:
+        is_statistic = norm is not None and is_norm(norm) and key in norm._buffers
+        if is_statistic and name not in domain.frozen and original in theirs:
             found[name] = theirs[original]
     return found
 

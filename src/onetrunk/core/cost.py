@@ -6,6 +6,7 @@ image, as PyTorch's FLOP counter counts them (half its figure); element-wise wor
 sums) is left out on both sides.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,8 +134,8 @@ def cost(model: nn.Module, input_size: Size | None = None) -> Cost:
         for name, site in traced.items()
         if name in domain.plan
     )
-    counts = _numbers_by_holder(model)
     own = stored(model)
+    counts = _numbers_by_holder(model, own)
     backbone = domain.backbone.state_dict()
     basis = domain.basis
     return Cost(
@@ -167,13 +168,13 @@ def own_site_tensors(model: nn.Module, site: str) -> list[torch.Tensor]:
     return [tensor for name, tensor in held if f"{site}.adapter.{name}" not in shared]
 
 
-def _numbers_by_holder(model: nn.Module) -> dict[str, int]:
+def _numbers_by_holder(model: nn.Module, own: Mapping[str, torch.Tensor]) -> dict[str, int]:
     domain = domain_of(model)
     modules = dict(model.named_modules())
     heads = tuple(f"{name}." for name in domain.head)
     adapters = tuple(f"{n}.adapter." for n, m in modules.items() if isinstance(m, Adapted))
     counts = {"adapters": 0, "norms": 0, "head": 0, "weights": 0}
-    for name, tensor in stored(model).items():
+    for name, tensor in own.items():
         if name.startswith(adapters):
             holder = "adapters"
         elif name.startswith(heads):

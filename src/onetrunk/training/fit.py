@@ -359,7 +359,7 @@ class Loop:
             accuracy = self._val_accuracy()
             if accuracy is None:
                 raise self._stopped(f"the validation logits are not finite at step {self.run.step}")
-            best = self._stays(accuracy)
+            best = self._stays(accuracy, len(self.val))
         with uninterrupted():
             self.run.good = state
             self.run.epochs += 1
@@ -368,14 +368,14 @@ class Loop:
                 self.run.best = state
         return accuracy, best
 
-    def _stays(self, accuracy: float) -> bool:
+    def _stays(self, accuracy: float, n_images: int) -> bool:
         """Whether the network of this epoch takes the place of the one that was kept so far."""
         best = self.run.best_accuracy
-        if accuracy < self.run.start_accuracy or self.val is None:
+        if accuracy < self.run.start_accuracy:
             return False
         if self.recipe.keep == "best":
             return accuracy > best
-        return accuracy >= best - LATE_ERRORS * standard_error(max(best, 0.0), len(self.val))
+        return accuracy >= best - LATE_ERRORS * standard_error(max(best, 0.0), n_images)
 
     def _score_start(self) -> None:
         """Keeps the network as it came, until an epoch is as good."""
