@@ -585,9 +585,8 @@ def _network(
             "Get it again from where it came from."
         ) from error
     own = delta(model)
-    if not blueprint.whole:
-        tensors = {**backbone_statistics(model), **tensors}
-    if differences := _differences(own, tensors):
+    known = {} if blueprint.whole else backbone_statistics(model)  # where the backbone is
+    if differences := _differences(own, {**known, **tensors}):
         raise DamagedError(
             f"{origin}: its numbers do not fit what its card describes (- expected, + found):\n"
             f"{differences}"
@@ -598,7 +597,7 @@ def _network(
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(tensors[name] if name in tensors else known[name])
     return model.eval()
 
 
