@@ -110,12 +110,16 @@ class Family(abc.ABC):
         return written.write(self.name, written.changed_fields(self))
 
 
-def check_options(family: Family, init: str, dropout: float = 0.0) -> None:
+def check_options(
+    family: Family, init: str, dropout: float = 0.0, *, aligned: bool = False
+) -> None:
     """The checks that families share, made once when one is built."""
-    if init not in ("identity", "released"):
+    if init not in ("identity", "released", *(["aligned"] if aligned else [])):
+        more = ", 'aligned' (the same, its inner factor turned to the gradients)"
         raise AttachError(
             f"{family.name}(init={init!r}): the initialisations are 'identity' (a fresh domain "
-            "computes what the backbone computes) and 'released' (the authors' code)."
+            f"computes what the backbone computes){more if aligned else ''} and 'released' (the "
+            "authors' code)."
         )
     if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
         raise AttachError(
