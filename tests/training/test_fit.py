@@ -1,6 +1,5 @@
 """fit: the same bits from the same seed, only the domain moves, a diverged loss does no harm."""
 
-import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import onetrunk as ot
-from onetrunk.core.align import align
-from onetrunk.core.attach import delta, delta_names
+from onetrunk.core.attach import delta_names
 from onetrunk.errors import DamagedError, DataError, TrainingError
-from onetrunk.training.examples import evenly, examples_of
 from onetrunk.training.fit import Loop, Step, fit
 from onetrunk.training.optimizer import held_norms
 from onetrunk.training.randomness import own_draws, reseed, seed_of
@@ -55,30 +52,6 @@ def draw_everywhere() -> None:
 def global_state() -> tuple[Any, ...]:
     numpy = np.random.get_state()
     return torch.get_rng_state().tolist(), numpy[1].tolist(), numpy[2:], random.getstate()
-
-
-# Aligned adapters
-
-
-def test_adapters_that_ask_for_it_are_aligned_before_the_first_step(
-    make_model: Make, make_tensors: Make
-) -> None:
-    family, data = ot.LowRank(2, init="aligned"), make_tensors(50)
-    expected, found = make_model(family), make_model(family)
-    align(expected, evenly(examples_of(expected, data), 256, SHORT.batch_size), 0.1)
-    train(found, data, dataclasses.replace(SHORT, lr=0.0, norm_statistics="running"), val=data)
-    assert all(torch.equal(t, delta(expected)[name]) for name, t in delta(found).items())
-
-
-def test_a_second_training_goes_on_from_where_the_first_one_left_v(
-    make_model: Make, make_tensors: Make
-) -> None:
-    model, data = make_model(ot.LowRank(2, init="aligned")), make_tensors()
-    train(model, data)
-    before = {name: tensor.clone() for name, tensor in delta(model).items()}
-    train(model, make_tensors(seed=9), dataclasses.replace(SHORT, lr=0.0))
-    v = [name for name in before if name.endswith("v_ri")]
-    assert v and all(torch.equal(delta(model)[name], before[name]) for name in v)
 
 
 # The same seed, the same bits

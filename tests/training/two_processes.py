@@ -24,8 +24,7 @@ def trained(checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
         nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(4, 2),
     )  # fmt: skip
-    family = ot.LowRank(2, init="aligned")
-    model = ot.attach(net, family, ["dark", "light"], input_size=(3, 8, 8))
+    model = ot.attach(net, ot.Parallel(), ["dark", "light"], input_size=(3, 8, 8))
     images = TensorDataset(torch.rand(16, 3, 8, 8), torch.tensor([0, 1] * 8))
     for _ in ot.fit(model, images, RECIPE, val=images, checkpoint=checkpoint, device="cpu"):
         pass

@@ -5,7 +5,6 @@ import functools
 from torch import nn
 
 from ..core.adapters import Parallel
-from ..core.adapters.lowrank import Start
 from ..core.allocate import allocate, uniform
 from ..core.plan import Layers, Plan, Where
 from ..training.fit import fit
@@ -15,14 +14,12 @@ from .setting import Setting
 
 
 @functools.lru_cache(maxsize=2)  # a cell's trials share one plan
-def allocated_plan(
-    setting: Setting, budget: str, by: By, layers: Layers, init: Start = "identity"
-) -> Plan:
+def allocated_plan(setting: Setting, budget: str, by: By, layers: Layers) -> Plan:
     """The plan that `allocate` makes for the cell's domain, measured on its training images."""
     where = Where(layers=layers)
     model = _trained_in_full(setting, where) if by == "trained" else probed(setting)
     found = sensitivity(model, setting.train, by=by, where=where)
-    return allocate(setting.backbone, found, budget, where, init=init).plan
+    return allocate(setting.backbone, found, budget, where).plan
 
 
 def uniform_plan(setting: Setting, budget: str) -> Plan:

@@ -6,7 +6,7 @@
     norm, parallel, series, lowrank(rank=8), ...     any adapter family
     parallel@late            the same at some stages; @early+mid, @first, @second likewise
     allocate(budget='1%')    a plan of its own for every domain, by measured sensitivity;
-                             also by='gradient' or 'trained', layers='auto', init='aligned'
+                             also by='gradient' or 'trained', layers='auto'
     uniform(budget='1%')     one rank everywhere at that budget
     lora(like='parallel')    PEFT's LoRA on the same layers at about equal numbers, norms saved
     lora(like='parallel', norms=True)                and its norms trained too
@@ -26,8 +26,7 @@ from torch import nn
 
 from .. import written
 from ..backbones.written_form import build_empty, written_form
-from ..core.adapters import FAMILIES, Family, Full, LowRank, read_family
-from ..core.adapters.lowrank import Start
+from ..core.adapters import FAMILIES, Family, Full, read_family
 from ..core.plan import Layers, Where
 from ..errors import AttachError, SpecError
 from ..training.sensitivity import DEFAULT, By
@@ -97,16 +96,13 @@ class Allocate:
     budget: str = "1%"
     by: By = DEFAULT
     layers: Layers = "all"
-    init: Start = "identity"
     group: ClassVar[Group] = "budgeted"
 
     def __str__(self) -> str:
-        changed = _changed(self, "by", "layers", "init")
-        return written.write("allocate", {"budget": self.budget, **changed})
+        return written.write("allocate", {"budget": self.budget, **_changed(self, "by", "layers")})
 
     def make(self, setting: Setting) -> nn.Module:
-        plan = allocated_plan(setting, self.budget, self.by, self.layers, self.init)
-        return setting.attach(plan)
+        return setting.attach(allocated_plan(setting, self.budget, self.by, self.layers))
 
 
 @dataclass(frozen=True)
@@ -224,4 +220,3 @@ def _check(method: Method, text: str) -> None:
         if method.by not in get_args(By):
             raise SpecError(f"method {text!r}: `by` is one of {', '.join(get_args(By))}.")
         Where(layers=method.layers)  # refuses what is none
-        LowRank(1, method.init)

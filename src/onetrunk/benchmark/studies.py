@@ -93,7 +93,7 @@ def default_methods(trunk: Trunk, full: bool) -> tuple[str, ...]:
     """What `mini` compares on a backbone without a choice of the user's."""
     family = default_adapter(trunk)
     methods = (
-        "head", "full", family, "norm", "series", "allocate(budget='1%')",
+        "head", "full", family, "norm", "series", "allocate(budget='8%')", "allocate(budget='1%')",
         "uniform(budget='1%')", _written("lora", like=family, norms=True),
         _written("compress", of=family, keep=0.5), _written("compress", of=family, keep=0.25),
         _written("svd", of=family, keep=0.5),

@@ -20,7 +20,7 @@ from ..errors import DataError
 from ..training.cached import cached
 from ..training.evaluate import Evaluation, evaluate
 from ..training.fit import fit
-from ..training.optimizer import held_norms, kinds
+from ..training.optimizer import held_norms
 from ..training.probe import linear_probe, start_from_probe
 from ..training.recipe import Recipe
 from ..training.recomputed import recomputed
@@ -135,10 +135,9 @@ def train_ready(
     n_images = 0 if data["train"] is None else len(data["train"])
     if probed is not None and held_norms(model, request.recipe, n_images):
         start_from_probe(model, probed)  # with a batch's own statistics it would fit no longer
-    of_kind = kinds(model)  # inner factors may turn before the first step, which changes nothing
-    came = {n: t.clone().cpu() for n, t in delta(model).items() if of_kind.get(n) != "inner"}
+    came = {name: tensor.clone().cpu() for name, tensor in delta(model).items()}
     _fit(bank, model, data, request, screen)
-    if all(torch.equal(delta(model)[name].cpu(), tensor) for name, tensor in came.items()):
+    if all(torch.equal(tensor.cpu(), came[name]) for name, tensor in delta(model).items()):
         screen.warn(
             "no epoch did better on validation images than the state that training started from, "
             "which is kept: lower the learning rate (--recipe)"

@@ -21,7 +21,6 @@ from .. import written
 from ..errors import AttachError, OnetrunkError, SpecError
 from ..tensorfile import fingerprint_of
 from .adapters import Family, LowRank, Parallel, read_family
-from .adapters.lowrank import Start
 from .budget import spend
 from .plan import Plan, Where
 from .sensitivity import Sensitivity
@@ -143,8 +142,6 @@ def allocate(
     sensitivity: Sensitivity,
     budget: int | str,
     where: Where | None = None,
-    *,
-    init: Start = "identity",
 ) -> Allocation:
     """Spends `budget` where it buys the most.
 
@@ -152,7 +149,6 @@ def allocate(
         sensitivity: of a domain on this backbone; see `onetrunk.training.sensitivity`.
         budget: numbers, or a text that `parse_budget` reads: "2%", "150kB", "40000".
         where: which of the measured sites may get anything; by default all.
-        init: of the plan's low-rank adapters.
 
     Raises:
         AttachError: for a sensitivity of another backbone, and a budget below the smallest plan.
@@ -187,7 +183,7 @@ def allocate(
             "many at least."
         )
     units = spend(gains, {site.name: _price(site) for site in sites}, n_numbers)
-    shares = [_share(s, units[s.name], sensitivity.energies[s.name], init) for s in sites]
+    shares = [_share(s, units[s.name], sensitivity.energies[s.name]) for s in sites]
     return Allocation(sensitivity.backbone, sensitivity.how, n_numbers, tuple(shares))
 
 
@@ -317,10 +313,10 @@ def _n_units(site: Site) -> int:
     return -(-Parallel().n_numbers(site) // _price(site))
 
 
-def _family(site: Site, n_units: int, init: Start = "identity") -> Family | None:
+def _family(site: Site, n_units: int) -> Family | None:
     if n_units == 0:
         return None
-    return Parallel() if n_units >= _n_units(site) else LowRank(n_units, init)
+    return Parallel() if n_units >= _n_units(site) else LowRank(n_units)
 
 
 def _numbers(sites: Iterable[Site], rank: int) -> int:
@@ -335,10 +331,8 @@ def _gains(site: Site, energies: tuple[float, ...]) -> list[float]:
     return [*energies[:last], rest if last == 0 else min(rest, energies[last - 1])]
 
 
-def _share(
-    site: Site, n_units: int, energies: tuple[float, ...] = (), init: Start = "identity"
-) -> Share:
-    family = _family(site, n_units, init)
+def _share(site: Site, n_units: int, energies: tuple[float, ...] = ()) -> Share:
+    family = _family(site, n_units)
     held = sum(energies if isinstance(family, Parallel) else energies[:n_units])
     kept = held / sum(energies) if sum(energies) else 0.0
     numbers = 0 if family is None else family.n_numbers(site)

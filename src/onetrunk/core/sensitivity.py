@@ -20,8 +20,10 @@ and one backward pass without weight gradients, and three matrices a site: o i +
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import AttachError
@@ -30,9 +32,9 @@ from .adapters.lowrank import LowRankAdapter
 from .adapters.parallel import ParallelAdapter
 from .attach import Adapted, domain_of, own_size
 from .plan import Where
-from .sites import Site
+from .sites import Site, Tap
 from .trace import trace
-from .watch import by_group, refuse_non_finite, watch
+from .tree import copy_tree, passed_on, replace_modules
 
 DAMPING = 0.1  # of a covariance's mean variance, added to every direction before it is inverted
 
@@ -106,8 +108,16 @@ def measure(
     head = domain.head[0] if len(domain.head) == 1 else None
     traced = trace(domain.backbone, own_size(domain), head)
     sites = (where or Where(layers="all")).choose(traced.sites)
+    watched = copy_tree(model).eval()
     meters = {site.name: _Meter(site) for site in sites}
-    n_images = watch(model, meters, batches)
+    replace_modules(watched, {s.name: _watching(watched, s, meters[s.name]) for s in sites})
+    reference = next(watched.parameters())
+    n_images = 0
+    for x_bchw, labels_b in batches:
+        y = watched(x_bchw.to(reference.device, reference.dtype))
+        logits_bc = y if isinstance(y, Tensor) else y[0]
+        F.cross_entropy(logits_bc, labels_b.to(logits_bc.device), reduction="sum").backward()
+        n_images += len(labels_b)
     if n_images == 0:
         raise AttachError("measuring got no batch of images: give (images, labels) at least once.")
     moments = {name: meter.moments(n_images) for name, meter in meters.items()}
@@ -173,23 +183,69 @@ class _Meter:
         self.outputs_goo = torch.zeros(g, o, o, dtype=torch.float64)
 
     def add(self, x: Tensor, g: Tensor) -> None:
-        x_gip, g_gop = self._all_positions(x), self._all_positions(g)
+        x_gip, g_gop = self._by_group(x), self._by_group(g)
         self.gradient_goi += (g_gop @ x_gip.mT).double().cpu()
         self.inputs_gii += (x_gip @ x_gip.mT).double().cpu()
         self.outputs_goo += (g_gop @ g_gop.mT).double().cpu()
         self.n_positions += x_gip.shape[-1]
 
-    def _all_positions(self, x: Tensor) -> Tensor:
+    def _by_group(self, x: Tensor) -> Tensor:
         """(groups, channels of a group, positions of all images)."""
-        return by_group(x, self.site).movedim(0, -2).flatten(-2)
+        x = x if x.dtype == torch.float64 else x.float()
+        x_cp = x.transpose(0, 1).flatten(1) if self.site.kind == "conv" else x.flatten(0, -2).T
+        return x_cp.unflatten(0, (self.site.groups, -1))
 
     def moments(self, n_images: int) -> Moments:
-        refuse_non_finite(self.gradient_goi, self.site)
+        if not self.gradient_goi.isfinite().all():
+            raise AttachError(
+                f"the gradient at {self.site.name} is not finite (NaN or infinity): look for "
+                "broken numbers in the images or in the network's weights."
+            )
         return Moments(
             self.gradient_goi / n_images,
             self.inputs_gii / n_images,
             self.outputs_goo / max(1, self.n_positions),
         )
+
+
+class _Watch(torch.autograd.Function):
+    """y, noting x and dL/dy; autograd itself refuses an x that was changed in place since."""
+
+    @staticmethod
+    def forward(ctx: Any, zero: Tensor, x: Tensor, y: Tensor, meter: _Meter) -> Tensor:
+        ctx.meter = meter
+        ctx.save_for_backward(x)
+        return y + zero  # zero: a gradient is wanted here even where nothing before learns
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, None]:
+        ctx.meter.add(ctx.saved_tensors[0], grads[0])
+        return None, None, grads[0], None
+
+
+class _Watched(nn.Module):
+    """A layer, adapted or not, whose inputs and output gradients are noted."""
+
+    def __init__(self, layer: nn.Module, tap: Tap | None, meter: _Meter, zero: Tensor) -> None:
+        super().__init__()
+        self.layer, self.tap, self.meter = layer, tap, meter
+        self.zero = nn.Parameter(zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        x = x if self.tap is None else self.tap.pick(x, y.shape[-2:])
+        watched: Tensor = _Watch.apply(self.zero, x, y, self.meter)
+        return watched
+
+    def __getattr__(self, name: str) -> Any:
+        return passed_on(self, "layer", super().__getattr__, name)
+
+
+def _watching(model: nn.Module, site: Site, meter: _Meter) -> _Watched:
+    module = model.get_submodule(site.name)
+    layer: Any = module.layer if isinstance(module, Adapted) else module
+    tap = Tap.of(layer, site) if site.kind == "conv" else None
+    return _Watched(module, tap, meter, layer.weight.new_zeros(()))
 
 
 def _matrix(module: Adapted) -> Tensor | None:

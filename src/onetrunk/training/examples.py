@@ -99,21 +99,6 @@ def _read(dataset: Any, indices: Sequence[int], seeds_b: Tensor) -> list[Any]:
     return images
 
 
-def evenly(
-    examples: Examples, most: int, batch_size: int, progress: Progress | None = None
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Evaluation views and labels of at most so many examples, batch by batch.
-
-    Evenly spread over them, so that every class is met in its share.
-    """
-    n = min(len(examples), most)
-    rows_n = torch.linspace(0, len(examples) - 1, n).round().long()
-    for place, rows_b in enumerate(rows_n.split(batch_size)):
-        yield examples.views(rows_b), examples.labels[rows_b]
-        if progress is not None:
-            progress(min(n, (place + 1) * batch_size), n)
-
-
 def examples_of(model: nn.Module, data: Any, progress: Progress | None = None) -> Examples:
     """`data` as examples for `model`.
 

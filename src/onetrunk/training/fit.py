@@ -21,20 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.align import align, unaligned
 from ..core.attach import delta, domain_of, trains_basis
 from ..errors import DivergedError, TrainingError
 from ..tensorfile import fingerprint_of
 from .checkpoint import Checkpoint, make_folder, read_checkpoint, write_checkpoint
 from .distributed import check_batch, world
 from .evaluate import logits_of
-from .examples import Examples, Progress, evenly, examples_of, one_ahead
+from .examples import Examples, Progress, examples_of, one_ahead
 from .graphed import GraphedStep, cuda_graph
 from .optimizer import build_optimizer, held_norms
 from .randomness import own_draws, reseed, seed_of, uninterrupted
 from .recipe import Recipe
 
-N_ALIGNED = 256  # images at most whose gradients say where an aligned adapter starts
 LATE_ERRORS = 2.0  # standard errors that a later epoch may be below the best: docs/recipes.md
 
 
@@ -253,7 +251,6 @@ class Loop:
         if self._at_end_of_epoch():  # stopped in its validation
             self._end_epoch()
         if self.run.step == 0:
-            self._align()
             self._score_start()
         for epoch in range(self.run.epochs, self.n_epochs):
             done = self.run.step - epoch * self.steps_an_epoch
@@ -379,15 +376,6 @@ class Loop:
         if self.recipe.keep == "best":
             return accuracy > best
         return accuracy >= best - LATE_ERRORS * standard_error(max(best, 0.0), n_images)
-
-    def _align(self) -> None:
-        """Turns the adapters that ask for it to the gradients of training images."""
-        if not unaligned(self.model):
-            return
-        batches = evenly(self.train, N_ALIGNED, self.batch_size)
-        align(self.model, batches, self.recipe.label_smoothing)
-        self.world.agree(delta(self.model).values())
-        self.run.good = _snapshot(self.model)
 
     def _score_start(self) -> None:
         """Keeps the network as it came, until an epoch is as good."""

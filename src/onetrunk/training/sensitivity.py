@@ -5,16 +5,17 @@ The network that is measured has a head that fits: for `gradient` and `curvature
 What the three compute is in core/sensitivity.py; which one is the default, docs/allocation.md says.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.plan import Where
 from ..core.sensitivity import Sensitivity, by_curvature, by_gradient, by_training, measure
 from ..errors import TrainingError
 from .evaluate import ready
-from .examples import Progress, evenly, examples_of
+from .examples import Examples, Progress, examples_of
 
 By = Literal["gradient", "curvature", "trained"]
 DEFAULT: By = "curvature"
@@ -52,8 +53,17 @@ def sensitivity(
             f"the sensitivity by {by!r} was asked for: known are {', '.join(get_args(By))}."
         )
     network = ready(model, device)
-    batches = evenly(examples_of(model, data), N_IMAGES, BATCH, progress)
-    measured = measure(network, batches, where)
+    measured = measure(network, _batches(examples_of(model, data), progress), where)
     if by == "trained":
         return by_training(network, measured)
     return by_gradient(measured) if by == "gradient" else by_curvature(measured)
+
+
+def _batches(examples: Examples, progress: Progress | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Evenly spread over the examples, so that every class is met in its share."""
+    n = min(len(examples), N_IMAGES)
+    rows_n = torch.linspace(0, len(examples) - 1, n).round().long()
+    for place, rows_b in enumerate(rows_n.split(BATCH)):
+        yield examples.views(rows_b), examples.labels[rows_b]
+        if progress is not None:
+            progress(min(n, (place + 1) * BATCH), n)

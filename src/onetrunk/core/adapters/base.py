@@ -110,16 +110,12 @@ class Family(abc.ABC):
         return written.write(self.name, written.changed_fields(self))
 
 
-def check_options(
-    family: Family, init: str, dropout: float = 0.0, *, aligned: bool = False
-) -> None:
+def check_options(family: Family, init: str, dropout: float = 0.0) -> None:
     """The checks that families share, made once when one is built."""
-    if init not in ("identity", "released", *(["aligned"] if aligned else [])):
-        more = ", 'aligned' (the same, its inner factor turned to the gradients)"
+    if init not in ("identity", "released"):
         raise AttachError(
             f"{family.name}(init={init!r}): the initialisations are 'identity' (a fresh domain "
-            f"computes what the backbone computes){more if aligned else ''} and 'released' (the "
-            "authors' code)."
+            "computes what the backbone computes) and 'released' (the authors' code)."
         )
     if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
         raise AttachError(

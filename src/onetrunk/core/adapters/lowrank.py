@@ -5,7 +5,7 @@ grouped convolution every group has factors of its own: U stays (o, r), V is (gr
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -17,15 +17,12 @@ from .base import (
     Adapter,
     Correction,
     Family,
+    Init,
     add_at_tap,
     check_options,
     drop_channels,
     mix_channels,
 )
-
-Start = Literal["identity", "aligned", "released"]
-SWEEPS = 16  # of the power iteration; energies fall fast
-LEAST = 1e-6  # of the largest energy: what is smaller is rounding
 
 
 @dataclass(frozen=True)
@@ -34,9 +31,8 @@ class LowRank(Family):
 
     Args:
         rank: the columns of U; below min(i, o) / groups at every site, else parallel costs no more.
-        init: `identity` (U = 0, V ~ N(0, 1 / i)), `aligned` (the same, and `fit` then turns V to
-            the gradients of the training images before its first step: core/align.py), or
-            `released` (U V has the variance 2 / o of the authors' parallel adapter).
+        init: `identity` (U = 0, V ~ N(0, 1 / i)) or `released` (U V has the variance 2 / o of the
+            authors' parallel adapter).
         dropout: share of V's input channels that are dropped in training.
 
     Raises:
@@ -46,11 +42,11 @@ class LowRank(Family):
 
     name: ClassVar[str] = "lowrank"
     rank: int = 8
-    init: Start = "identity"
+    init: Init = "identity"
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_options(self, self.init, self.dropout, aligned=True)
+        check_options(self, self.init, self.dropout)
         if not isinstance(self.rank, int) or self.rank < 1:
             raise AttachError(
                 f"lowrank(rank={self.rank!r}): rank must be a whole number, at least 1. "
@@ -83,7 +79,6 @@ class LowRankAdapter(Adapter):
     def __init__(self, site: Site, family: LowRank, generator: Generator) -> None:
         super().__init__()
         self.site, self.dropout = site, family.dropout
-        self.aligned = family.init == "aligned"
         i, r = site.cin // site.groups, family.rank
         v_ri, u_or = torch.empty(site.groups * r, i), torch.zeros(site.cout, r)
         if family.init == "released":
@@ -111,31 +106,7 @@ class LowRankAdapter(Adapter):
         a_oi = self._product(self.u_or.to(weight_oikk), self.v_ri.to(weight_oikk))
         return add_at_tap(weight_oikk, a_oi, tap), bias_o
 
-    @torch.no_grad()
-    def point_at(self, energy_gii: Tensor) -> None:
-        """Makes V's rows the top eigenvectors of `energy_gii`, (groups, i, i), the largest first.
-
-        By block power iteration, which asks little of the matrix. Where that has fewer directions
-        than V has rows, the other rows of V stay. Done twice, it gives the same bits.
-        """
-        energy_gii = energy_gii.double().cpu()
-        v_gri = self.v_ri.unflatten(0, (self.site.groups, -1)).double().cpu()
-        generator = torch.Generator().manual_seed(0)
-        q_gir = torch.randn(v_gri.mT.shape, generator=generator, dtype=torch.float64)
-        for _ in range(SWEEPS):
-            q_gir = torch.linalg.qr(energy_gii @ q_gir).Q
-        values_gr, turn_grr = torch.linalg.eigh(q_gir.mT @ energy_gii @ q_gir)
-        top_gri = _signed((q_gir @ turn_grr).mT).flip(1)
-        found_gr1 = (values_gr > LEAST * values_gr[:, -1:]).flip(1)[..., None]
-        self.v_ri.copy_(torch.where(found_gr1, top_gri, v_gri).flatten(0, 1))
-
     def _product(self, u_or: Tensor, v_ri: Tensor) -> Tensor:
         groups = self.site.groups
         u_gor, v_gri = u_or.unflatten(0, (groups, -1)), v_ri.unflatten(0, (groups, -1))
         return (u_gor @ v_gri).flatten(0, 1)
-
-
-def _signed(v_gri: Tensor) -> Tensor:
-    """The same directions, each with its largest number positive: eigenvectors have no sign."""
-    largest_gr1 = v_gri.gather(2, v_gri.abs().argmax(2, keepdim=True))
-    return v_gri * largest_gr1.sign()
