@@ -1,7 +1,7 @@
 """A recorded step is the step; where nothing can be recorded, that is said."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -85,5 +85,7 @@ def test_a_step_that_cannot_be_recorded_says_what_it_did(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", broken)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     with pytest.raises(TrainingError, match=r"\(it waited for the GPU\): train it without graphed"):
         cuda_graph(waits)

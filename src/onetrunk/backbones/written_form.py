@@ -93,7 +93,7 @@ def backbone(form: str, *, pretrained: bool = True, weights: str | Path | None =
     if stored is not None:
         read = _with_classes_of(read, stored)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)  # torch.manual_seed reaches every GPU
         module = LOADERS[read.source](read.name, read.options, pretrained and stored is None)
     if stored is not None:
         load_tensors(module, stored.tensors, stored.origin)

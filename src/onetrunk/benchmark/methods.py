@@ -78,7 +78,7 @@ class Scratch:
     def make(self, setting: Setting) -> nn.Module:
         form = written_form(setting.backbone)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(setting.seed)
+            torch.default_generator.manual_seed(setting.seed)  # no GPU's
             fresh = build_empty(form) if not form.startswith("module:") else None
         if fresh is None:
             raise AttachError(

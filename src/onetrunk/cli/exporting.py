@@ -73,8 +73,7 @@ def _images(source: str, model: nn.Module) -> Tensor:
             "Leave --data out."
         )
     part = splits.test or splits.val or splits.train
-    like = next(model.parameters())
-    return Prepared(part, seen).few_views(N_CHECKED).to(like.device, like.dtype)
+    return Prepared(part, seen).few_views(N_CHECKED)
 
 
 def _say(report: Exported, screen: Screen) -> None:

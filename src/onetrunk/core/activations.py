@@ -102,4 +102,4 @@ def _noting(sums: dict[str, _Sums], site: str) -> Callable[[Adapter, Any, Tensor
 def _rows(x: Tensor, kind: str) -> Tensor:
     """(n, channels) in float64 on the CPU, a row for every position."""
     rows = x.movedim(1, -1) if kind == "conv" else x
-    return rows.reshape(-1, rows.shape[-1]).double().cpu()
+    return rows.reshape(-1, rows.shape[-1]).cpu().double()

@@ -43,4 +43,4 @@ def relative_change(model: nn.Module) -> dict[str, float]:
 def _weight(network: nn.Module, site: str) -> Tensor:
     layer = network.get_submodule(site)
     assert isinstance(layer, nn.Conv2d | nn.Linear)  # what a site is
-    return effective_weight(layer).double().cpu()  # a trained network may lie on a GPU
+    return effective_weight(layer).cpu().double()  # a trained network may lie on a GPU

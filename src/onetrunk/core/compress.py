@@ -635,8 +635,8 @@ def _layer_energy(module: Adapted) -> float:
     """What the layer's output has of energy for white inputs; a series adapter has measured it."""
     adapter: Any = module.adapter
     if hasattr(adapter, "norm"):
-        return max(float(adapter.norm.running_var.double().sum()), 1e-30)
-    return max(float(effective_weight(module.layer).double().square().sum()), 1e-30)
+        return max(float(adapter.norm.running_var.cpu().double().sum()), 1e-30)
+    return max(float(effective_weight(module.layer).cpu().double().square().sum()), 1e-30)
 
 
 def _rank(share: Share, directions: Directions) -> int | tuple[int, int]:
@@ -656,7 +656,7 @@ def _with_dropout(family: Family, replaced: Family) -> Family:
 
 def _unshared(family: Shared, adapter: SharedAdapter) -> tuple[Family, dict[str, Tensor]]:
     """The ordinary family that computes the same with the fewest numbers, and its numbers."""
-    a_oi = adapter.product(torch.empty(0, dtype=torch.float64, device=adapter.g.device))
+    a_oi = adapter.product(torch.empty(0, dtype=torch.float64))
     if family.of == "series":
         return Series(), {"a_oo": a_oi}
     o, i = a_oi.shape
@@ -669,7 +669,7 @@ def _unshared(family: Shared, adapter: SharedAdapter) -> tuple[Family, dict[str,
 
 def _two_factors(adapter: SharedAdapter) -> tuple[Tensor, Tensor]:
     """U, V with U V = A and as few directions as there are: of three, G joins the larger."""
-    factors = [factor.detach().double() for factor in adapter.factors()]
+    factors = [factor.detach().cpu().double() for factor in adapter.factors()]
     if len(factors) == 2:
         return factors[0], factors[1]
     left_or, g_rq, right_qi = factors

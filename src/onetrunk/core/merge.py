@@ -5,7 +5,8 @@ onetrunk is in it, and it costs what the backbone costs. The domain stays as it 
 computed in float64 and stored in the layer's own type.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from .adapters.series import norm_gain_and_shift
 from .attach import Adapted, domain_of, own_size, unmark
 from .sites import effective_weight, forward_known
 from .trace import Size, following_norms
-from .tree import Frozen, copy_tree, replace_modules
+from .tree import Frozen, copy_tree, on_cpu, replace_modules
 
 ABSOLUTE = 1e-4  # of the largest logit: no merge in float32 or float64 may be further off
 NOISE_FACTOR = 4  # times the network's own rounding noise
@@ -45,6 +46,8 @@ def merge(model: nn.Module, *, fold_norms: bool = True, check: Tensor | None = N
             network's own rounding noise (in float32 and float64 above 1e-4 of the largest logit).
     """
     domain = domain_of(model)
+    if (device := next(model.parameters()).device).type == "mps":  # it has no float64
+        return merge(on_cpu(model), fold_norms=fold_norms, check=check).to(device)
     _refuse_non_finite(model)
     merged = copy_tree(model, own=[*model.parameters(), *model.buffers()]).eval()
     unmark(merged)
@@ -176,17 +179,33 @@ def difference(
         first network against itself in float64; 0 where it is in float64) and `limit` (what the
         laws allow: 4 times the noise, in float32 and float64 never above 1e-4).
     """
-    with torch.no_grad():
-        exact = _as_double(model)(images_bchw.double())
+    like = next(model.parameters())
+    images_bchw = images_bchw.to(like.device, like.dtype)
+    with torch.no_grad(), _unrounded():
+        twice = _as_double(on_cpu(model) if like.device.type == "mps" else model)
+        exact = twice(images_bchw.to(next(twice.parameters()).device).double()).cpu()
         scale = exact.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-        y = model_in_eval(model)(images_bchw).double()
+        y = model_in_eval(model)(images_bchw).cpu().double()
         noise = float((y - exact).abs().max() / scale)
-        found = float((merged(images_bchw).double() - y).abs().max() / scale)
+        found = float((merged(images_bchw).cpu().double() - y).abs().max() / scale)
     limit = NOISE_FACTOR * noise
     least = LEAST.get(images_bchw.dtype)
     if least is not None:
         limit = min(max(limit, least), ABSOLUTE)
     return {"difference": found, "noise": noise, "limit": limit}
+
+
+@contextmanager
+def _unrounded() -> Iterator[None]:
+    """Convolutions on GPUs in float32, not in TensorFloat-32: that is a thousand times coarser."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    ):
+        yield
 
 
 def model_in_eval(model: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 
-import torch
 from torch import nn
 
 from ..errors import MixError
@@ -10,7 +9,7 @@ from ..tensorfile import fingerprint_of
 from .adapters import Full
 from .attach import Adapted, delta, domain_of, unmark
 from .trace import Size, rows_per_image
-from .tree import Frozen, copy_tree, original_names, replace_modules
+from .tree import Frozen, copy_tree, original_names, replace_modules, same_bits
 
 
 def base_tree(model: nn.Module) -> nn.Module:
@@ -70,7 +69,7 @@ def check_own(name: str, model: nn.Module, taken: Collection[str]) -> None:
     for key, tensor in delta(model).items():
         inside = any(key == path or key.startswith(f"{path}.") for path in taken)
         stays = original.get(key)
-        if inside or (stays in theirs and torch.equal(tensor, theirs[stays])):
+        if inside or (stays in theirs and same_bits(tensor, theirs[stays])):
             continue
         raise MixError(
             f"domain {name!r} has {key} of its own, which rows of one batch cannot have. "

@@ -306,7 +306,7 @@ class RowwiseAffine(Rowwise):
             y = y * gain
         elif shift is not None:
             y = y + shift
-        return self.after(y)
+        return self.after(y.to(x.dtype))  # a norm in float32 gives bfloat16 for bfloat16
 
 
 def _stacked(vectors: Sequence[Tensor | None]) -> nn.Parameter | None:

@@ -184,9 +184,9 @@ class _Meter:
 
     def add(self, x: Tensor, g: Tensor) -> None:
         x_gip, g_gop = self._by_group(x), self._by_group(g)
-        self.gradient_goi += (g_gop @ x_gip.mT).double().cpu()
-        self.inputs_gii += (x_gip @ x_gip.mT).double().cpu()
-        self.outputs_goo += (g_gop @ g_gop.mT).double().cpu()
+        self.gradient_goi += (g_gop @ x_gip.mT).cpu().double()
+        self.inputs_gii += (x_gip @ x_gip.mT).cpu().double()
+        self.outputs_goo += (g_gop @ g_gop.mT).cpu().double()
         self.n_positions += x_gip.shape[-1]
 
     def _by_group(self, x: Tensor) -> Tensor:
@@ -254,12 +254,11 @@ def _matrix(module: Adapted) -> Tensor | None:
     if not isinstance(adapter, ParallelAdapter | LowRankAdapter):
         return None
     site = adapter.site
-    device = next(adapter.parameters()).device
     shape = site.cout, site.cin // site.groups, 1, 1
     with torch.no_grad():  # folded into nothing, A alone is left
-        nothing_oikk = torch.zeros(shape, dtype=torch.float64, device=device)
+        nothing_oikk = torch.zeros(shape, dtype=torch.float64)
         a_oikk, _ = adapter.fold(nothing_oikk, torch.zeros(0), (0, 0))
-    return a_oikk[:, :, 0, 0].cpu().unflatten(0, (site.groups, -1))
+    return a_oikk[:, :, 0, 0].unflatten(0, (site.groups, -1))
 
 
 def _damped_root(covariance_gcc: Tensor) -> Tensor:

@@ -34,6 +34,14 @@ def copy_tree(module: nn.Module, own: Iterable[Tensor] = ()) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+def on_cpu(module: nn.Module) -> nn.Module:
+    """`module` itself where all of it is on the CPU, else a copy there."""
+    tensors = (*module.parameters(), *module.buffers())
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return module
+    return copy_tree(module).cpu()
+
+
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a clone is all there is to a copy: no view, no subclass, nothing hung on it."""
     whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()

@@ -236,7 +236,7 @@ def _checked_labels(
     names: tuple[str, ...],
     classes: tuple[str, ...],
 ) -> Tensor:
-    labels_n = torch.as_tensor(labels, dtype=torch.int64).clone()
+    labels_n = torch.as_tensor(labels, dtype=torch.int64).cpu().clone()
     if not (len(labels_n) == len(names) == n_sources):
         raise DataError(
             f"{n_sources} images came with {len(labels_n)} labels and {len(names)} names; "

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..core.tree import on_cpu
 from ..errors import ExportError
 from . import onnx, pt2, weights
-from .base import N_CHECKED, Format, noise, refuse_place
 from .base import Exported as Exported
+from .base import Format, refuse_place, seen
 from .onnx import export_together as export_together
 
 FORMATS: Mapping[str, Format] = {f.name: f for f in (weights.FORMAT, pt2.FORMAT, onnx.FORMAT)}
@@ -30,7 +31,7 @@ def export(
         format: `safetensors` (weights), `pt2` (torch.export) or `onnx`; the last two take any
             number of images at a time, of the domain's own size.
         images: prepared images (b, c, h, w) on which the file is compared with the domain's own
-            network, at most 8 of them; by default noise.
+            network, at most 8 of them; by default noise. All of it happens on the CPU.
 
     Raises:
         ExportError: for an unknown format, and where the file's network differs beyond rounding;
@@ -45,5 +46,5 @@ def export(
         given = f"format {name!r}" if format else f"the ending of {out.name}"
         raise ExportError(f"{given} is none of {', '.join(FORMATS)}. Use --format, or format=.")
     refuse_place(out)
-    checked = noise(model) if images is None else images[:N_CHECKED]
-    return FORMATS[name].export(model, out, checked)
+    model = on_cpu(model)  # where a file is read; GPUs round convolutions to TensorFloat-32
+    return FORMATS[name].export(model, out, seen(model, images))

@@ -49,12 +49,14 @@ class Format:
     export: Callable[[nn.Module, Path, Tensor], Exported]
 
 
-def noise(model: nn.Module) -> Tensor:
-    """Seeded images of the domain's size, for a check where there are no real ones."""
+def seen(model: nn.Module, images_bchw: Tensor | None) -> Tensor:
+    """What the check looks at, as `model` takes it; noise of the domain's size for None."""
     domain, like = domain_of(model), next(model.parameters())
-    size = own_size(domain) or trace(domain.backbone).input_size
-    images = torch.randn((N_CHECKED, *size), generator=torch.Generator().manual_seed(0))
-    return images.to(like.device, like.dtype)
+    if images_bchw is None:
+        size = own_size(domain) or trace(domain.backbone).input_size
+        generator = torch.Generator().manual_seed(0)
+        images_bchw = torch.randn((N_CHECKED, *size), generator=generator)
+    return images_bchw[:N_CHECKED].to(like.device, like.dtype)
 
 
 def metadata(model: nn.Module) -> dict[str, str]:

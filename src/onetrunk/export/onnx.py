@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from ..core.attach import domain_of, own_size
 from ..core.merge import merge
 from ..core.mix import Mixed, mix
+from ..core.tree import on_cpu
 from ..errors import ExportError, MissingExtraError
 from .base import (
-    N_CHECKED,
     Exported,
     Format,
     checked,
     export_checked,
     for_export,
     metadata,
-    noise,
     refuse_place,
     save,
+    seen,
 )
 from .program import first_line, quietly, traced
 
@@ -173,9 +173,10 @@ def export_together(
     """
     refuse_place(out)
     _refuse_other_sizes(models)
-    mixed = mix(models)
+    mixed = mix(models).cpu()
+    models = {name: on_cpu(model) for name, model in models.items()}
     first = next(iter(models.values()))
-    images_bchw = noise(first) if images_bchw is None else images_bchw[:N_CHECKED]
+    images_bchw = seen(first, images_bchw)
     examples = images_bchw[:2].contiguous(), torch.arange(2) % len(models)
     texts = {name: metadata(model) for name, model in models.items()}
     known = {

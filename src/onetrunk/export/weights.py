@@ -59,7 +59,7 @@ def stock_form(backbone: nn.Module, n_classes: int) -> str | None:
 def _loaded(form: str, merged: nn.Module) -> nn.Module | None:
     """The stock architecture with the merged weights; None where they do not fit."""
     try:
-        stock = build_empty(form)
+        stock = build_empty(form).to(next(merged.parameters()).dtype)
         load_tensors(stock, merged.state_dict(), form)
     except OnetrunkError:
         return None

@@ -203,7 +203,7 @@ class _Column(Sequence[Any]):
         except OSError as error:  # Pillow's for a file that it cannot read, and the system's
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BrokenImageError(f"image {index}", reason) from error
-        return image.numpy() if isinstance(image, Tensor) else image
+        return image.cpu().numpy() if isinstance(image, Tensor) else image
 
 
 def _labels(data: Any, first: int, label: Any) -> Tensor:

@@ -7,6 +7,7 @@ epoch too (on the CPU, with the same threads and the same build of torch).
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -240,7 +241,8 @@ class Loop:
                 "graphs are for one process on a CUDA device. Leave graphed out."
             )
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.graphed = GraphedStep(self._with_gradients, trained, cuda_graph)
+        record = functools.partial(cuda_graph, device=self.device)
+        self.graphed = GraphedStep(self._with_gradients, trained, record)
 
     def batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """What is still to be done, a batch (b, c, h, w) and its labels (b,) a step.

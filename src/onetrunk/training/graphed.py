@@ -58,8 +58,10 @@ class GraphedStep:
         self.loss = self.ordinary(self.x_bchw, self.labels_b)
 
 
-def cuda_graph(compute: Callable[[], None]) -> Callable[[], None]:
-    """Records what `compute` launches, without running it.
+def cuda_graph(
+    compute: Callable[[], None], device: torch.device | str = "cuda"
+) -> Callable[[], None]:
+    """Records what `compute` launches on `device`, without running it.
 
     No autograd graph over the same parameters may be alive, as the nodes that add up gradients
     belong to the stream of the first one.
@@ -69,8 +71,10 @@ def cuda_graph(compute: Callable[[], None]) -> Callable[[], None]:
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            compute()
+        with torch.cuda.device(device):  # else the one that is current would be listened to
+            stream = torch.cuda.Stream()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                compute()
     except RuntimeError as error:
         reason = str(_first(error)).strip().splitlines()[0]
         raise TrainingError(

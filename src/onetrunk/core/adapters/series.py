@@ -105,7 +105,7 @@ def fold_after(
 
 def correct_after(norm: nn.modules.batchnorm._BatchNorm, a_oo: Tensor, groups: int) -> Correction:
     """A BN_a(y) = A S y + A t, in the type of A."""
-    a_gpo = a_oo.double().unflatten(0, (groups, -1))
+    a_gpo = a_oo.cpu().double().unflatten(0, (groups, -1))
     gain_o, shift_o = norm_gain_and_shift(norm, a_gpo)
     product_gpo, added_o = a_gpo * gain_o.view(groups, 1, -1), a_gpo @ shift_o.view(groups, -1, 1)
     return Correction((product_gpo.to(a_oo),), on_input=False, shift_o=added_o.flatten().to(a_oo))
