@@ -39,6 +39,13 @@ def test_a_form_builds_a_network_whose_form_it_is(form: str) -> None:
     }
 
 
+def test_building_one_leaves_every_generator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _seed: pytest.fail("reseeds GPUs"))
+    before = torch.get_rng_state()
+    backbone("resnet26(width=0.125)", pretrained=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(
     ("module", "form"),
     [

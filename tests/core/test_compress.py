@@ -159,7 +159,7 @@ def test_the_papers_rank_counts_as_the_paper_counts() -> None:
         str(t): attach(square, ot.Parallel("released"), ["a", "b"], input_size=(8, 4, 4), seed=t)
         for t in range(n_domains)
     }
-    found = compress(models, rank_fraction=0.5)
+    found = compress(models, rank_fraction=0.5, share="output")
     assert found.directions["0"][0] == width // 2
     assert found.kept == pytest.approx((width / 2) * (1 + n_domains) / (n_domains * width))
 

@@ -197,6 +197,7 @@ def test_folding_keeps_the_layers_type_and_passes_its_own_check(dtype: torch.dty
 def test_the_check_passes_where_merging_is_exact_also_for_a_domain_in_train_mode() -> None:
     model = make("resnet18").train()
     merge(model, check=images(64))
+    merge(make("resnet18").double(), check=images(64))  # images come as the network takes them
     assert model.training
 
 

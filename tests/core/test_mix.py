@@ -157,6 +157,15 @@ def test_a_mixture_of_another_type_takes_domains_of_that_type(
     assert models["signs"].double()[0].layer.weight.dtype == torch.float64
 
 
+def test_norms_in_float32_keep_a_half_network_in_its_type(net: nn.Module) -> None:
+    half = net.bfloat16()
+    half[1].float()
+    model = drawn(attach(half, ot.Norm(), ("yes", "no"), input_size=(3, 8, 8)), "half")
+    x_bchw = images().bfloat16()
+    scores = torch.stack(ot.mix({"half": model})(x_bchw, ["half"] * len(x_bchw)))
+    torch.testing.assert_close(scores, model(x_bchw), rtol=0.05, atol=0.05)
+
+
 def test_domains_of_any_ranks_and_plans_go_together(make: Callable[..., nn.Module]) -> None:
     where = ot.Where(pattern="3")
     models = {

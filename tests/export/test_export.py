@@ -69,6 +69,17 @@ def test_a_pt2_file_runs_without_onetrunk_at_any_batch_size(
     assert json.loads(texts["preprocessing"])["size_px"] == 16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_any_type_load_into_the_stock_architecture(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    backbone = ot.backbone("resnet26(width=0.125)", pretrained=False).to(dtype)
+    model = ot.attach(backbone, ot.Parallel(), CLASSES, input_size=(3, 16, 16)).eval()
+    report = export(model, tmp_path / "flowers.safetensors", images=images())
+    assert report.architecture == "resnet26(width=0.125, num_classes=3)"
+    assert report.difference <= report.limit
+
+
 def test_nothing_in_a_pt2_file_is_pickled(make: Callable[..., nn.Module], tmp_path: Path) -> None:
     import zipfile
 

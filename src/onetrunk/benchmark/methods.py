@@ -10,7 +10,8 @@
     uniform(budget='1%')     one rank everywhere at that budget
     lora(like='parallel')    PEFT's LoRA on the same layers at about equal numbers, norms saved
     lora(like='parallel', norms=True)                and its norms trained too
-    compress(of='parallel', keep=0.5)                joint compression of trained domains, tuned
+    compress(of='parallel', keep=0.5)                joint compression of trained domains, tuned;
+                             also share='output' or 'both', weighted=False
     svd(of='parallel', keep=0.5)                     each domain's adapters truncated alone, tuned
 
 To add one: a frozen dataclass here and its line in _BUILDERS.
@@ -142,7 +143,7 @@ class Compressed:
 
     of: str
     keep: float
-    share: Literal["output", "input", "both"] = "output"
+    share: Literal["output", "input", "both"] = "input"
     weighted: bool = True
     alone: bool = False
     group: ClassVar[Group] = "compressed"

@@ -15,7 +15,7 @@ from ..core.plan import default_family
 from ..core.trace import trace
 from ..errors import TrainingError
 from .cells import Trunk, backbone_of
-from .methods import read_method
+from .methods import Compressed, read_method
 from .protocol import FULL, SMALL, Protocol
 from .report import MethodLabel
 from .study import Study, domains_in
@@ -127,10 +127,11 @@ LABELS = {
 def _label(method: str) -> str:
     if method.startswith("lora("):
         return "PEFT LoRA + norms" if "norms=True" in method else "PEFT LoRA"
-    if method.startswith(("compress(", "svd(")):
-        kind = "joint" if method.startswith("compress(") else "alone"
-        keep = method.rpartition("keep=")[2].split(",")[0].rstrip(")")
-        return f"compressed {kind}, keep {keep}"
+    read = read_method(method)
+    if isinstance(read, Compressed):
+        kind = "alone" if read.alone else "joint"
+        side = "" if read.share == Compressed.share else f" by {read.share}"
+        return f"compressed {kind}{side}, keep {read.keep:g}"
     return LABELS.get(method, method)
 
 

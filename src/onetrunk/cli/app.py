@@ -537,8 +537,8 @@ def compress(
         typer.Option(help="Instead: accuracy a domain may lose on validation images, e.g. 0.01."),
     ] = None,
     share: Annotated[
-        str, typer.Option(help="The side that domains share: output, input or both.")
-    ] = "output",
+        str, typer.Option(help="The side that domains share: input, output or both.")
+    ] = "input",
     uniform: Annotated[
         bool, typer.Option("--uniform", help="The same share of ranks at every layer (the paper).")
     ] = False,

@@ -44,7 +44,7 @@ class Request:
     keep: float | None = None
     max_loss: float | None = None
     uniform: bool = False
-    share: Share = "output"
+    share: Share = "input"
     data: Mapping[str, str] = field(default_factory=dict)  # domain -> source
     tune: frozenset[str] = frozenset()  # those of `data` that are tuned
     epochs: int = 8

@@ -1,10 +1,11 @@
 """compress: many domains' adapters over one shared basis; Rebuffi et al., CVPR 2018, and beyond.
 
-Per site [A_1 ... A_T] = U S V and A_t = B G_t with r directions: B (o, r) is shared by all, G_t
-(r, i) is the domain's. r (o + T i) numbers a site in the place of T o i: at r = o / 2 and T = 9
-that is 0.56 of them. One global budget is spread over the sites by their spectra, the error may be
-that of the outputs on real images, and either side or both may be shared (see spectra.py).
-The domains given stay as they were; their compressed networks are new ones.
+Per site the matrices on top of each other are U S V, and A_t = G_t B with r directions: B (r, i) is
+shared by all, since a layer's inputs are alike in all domains, and G_t (o, r) is the domain's.
+r (i + T o) numbers a site in the place of T o i: at r = i / 2 and T = 9 that is 0.56 of them. The
+paper's side by side, A_t = B G_t, shares the output's directions; both may be shared (spectra.py).
+One global budget is spread over the sites by their spectra, and the error may be that of the
+outputs on real images. The domains given stay as they were; their compressed networks are new ones.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,7 +83,7 @@ def compress(
     numbers: int | None = None,
     n_bytes: int | None = None,
     rank_fraction: float | None = None,
-    share: Share = "output",
+    share: Share = "input",
     covariances: Covariances | None = None,
 ) -> Compressed:
     """Factors the adapters of `models` jointly; exactly one option says how far.
@@ -97,7 +98,8 @@ def compress(
         numbers, n_bytes: the same as a count of numbers or bytes.
         rank_fraction: no budget but the same share of the possible directions everywhere: 0.5 is
             the paper's r = C / 2.
-        share: the side whose factor all domains share: `output` (the paper), `input`, or `both`.
+        share: the side whose factor all domains share: `input`, the best one measured
+            (docs/results/mini.md), `output` (our reading of the paper), or `both`.
         covariances: from `activation_covariances`; the error is then that of the layers' outputs
             on those images, a share of each one's energy. Without, inputs count as white, and a
             site's error as a share of its frozen weights' energy.
@@ -140,7 +142,7 @@ def sweep(
     models: Mapping[str, nn.Module],
     keeps: Sequence[float],
     *,
-    share: Share = "output",
+    share: Share = "input",
     covariances: Covariances | None = None,
 ) -> Iterator[Compressed]:
     """`compress` at several budgets; the spectra are taken once. Raises as it does."""
@@ -156,7 +158,7 @@ def compress_within(
     accuracy: Callable[[str, nn.Module], float],
     loss: float = 0.01,
     *,
-    share: Share = "output",
+    share: Share = "input",
     covariances: Covariances | None = None,
     n_tries: int = 6,
 ) -> Compressed:
