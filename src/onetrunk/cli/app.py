@@ -269,7 +269,7 @@ def train(
         graphed=graphed,
         resume=resume,
         replace=replace,
-        device=device,
+        device=_device(device),
     )
     screen.finish({"domain": domain, **train_domain(opened, request, screen).to_json()})
 
@@ -333,7 +333,7 @@ def allocate(
         hflip=flip,
         resume=resume,
         replace=replace,
-        device=device,
+        device=_device(device),
     )
     wish = Wish(budget, by, plan_only, out, map_file)  # type: ignore[arg-type]
     screen.finish(run(opened, request, wish, screen))
@@ -362,7 +362,7 @@ def evaluate(
     model = _open(bank).load(domain)
     images = split_of(load(data), split, data)
     with screen.bar("evaluating") as show:
-        result = figures_of(model, images, device=device, progress=show)
+        result = figures_of(model, images, device=_device(device), progress=show)
     if result.problems:
         screen.warn(f"{len(result.problems)} images left out; the first: {result.problems[0][0]}")
     screen.say(f"{domain}: {result.n_images} {split} images")
@@ -396,7 +396,7 @@ def predict(
     screen = Screen(as_json)
     model = _open(bank).load(domain)
     asked = images[0] if len(images) == 1 else images
-    found = predictions_of(model, asked, top_k=top_k, device=device)
+    found = predictions_of(model, asked, top_k=top_k, device=_device(device))
     for prediction in found:
         likely = "  ".join(f"{name} {percent(p)}" for name, p in prediction.classes)
         screen.say(f"{prediction.name}: {likely or prediction.problem}")
@@ -648,6 +648,12 @@ def _family(
     if plan is not None:
         return allocating.read_plan(plan, bank.backbone)
     return allocating.plan_of(bank, str(plan_of))
+
+
+def _device(asked: str | None) -> str:
+    from ..training.fit import best_device
+
+    return asked or best_device()
 
 
 def _recipe(text: str, epochs: int | None, seed: int | None) -> "Recipe":
