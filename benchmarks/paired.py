@@ -36,13 +36,14 @@ def main() -> None:
         points = score([row for row in mine if row.seed == seed], of[REFERENCE])
         print(f"  S {points.total:.0f} of {points.reference:.0f}")
     print("learning rates of seed 0:", Counter(f"{r.lr:g}" for r in mine if not r.seed and r.lr))
-    gains = domain_means(common(of[REFERENCE], of["head"]))  # fine-tuning over the probe
+    gains = domain_means(common(of[REFERENCE], of.get("head", [])))  # fine-tuning over the probe
     mean = domain_means(common(mine, theirs))
     for domain, points in sorted(mean.items(), key=lambda item: -item[1]):
         print(f"  {domain:14} {100 * points:+.1f}")
     both = sorted(mean.keys() & gains.keys())
-    correlation = np.corrcoef([mean[d] for d in both], [gains[d] for d in both])[0, 1]
-    print(f"correlation with fine-tuning's gain over the probe: {correlation:+.2f}")
+    if len(both) > 1:
+        correlation = np.corrcoef([mean[d] for d in both], [gains[d] for d in both])[0, 1]
+        print(f"correlation with fine-tuning's gain over the probe: {correlation:+.2f}")
 
 
 def tell(what: str, mine: list, theirs: list) -> None:

@@ -161,6 +161,21 @@ def saved_bytes(network: nn.Module, x_bchw: Tensor) -> int:
     return sum(size for place, size in kept.items() if place not in own)
 
 
+def test_an_apple_gpu_draws_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = {"state": torch.tensor([1])}
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: draws["state"])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: draws.update(state=state))
+    seen = []
+    net = timm.create_model("resnet18")
+    net.layer4[1].conv1.register_forward_pre_hook(lambda *_: seen.append(int(draws["state"])))
+    model = ot.attach(net, ot.Parallel(), ["a", "b"], input_size=(3, 32, 32)).train()
+    logits_bc = recomputed(model)(torch.randn(2, 3, 32, 32))
+    draws["state"] = torch.tensor([2])
+    logits_bc.sum().backward()
+    assert seen[-2:] == [1, 1] and int(draws["state"]) == 2
+
+
 def test_a_forward_pass_keeps_a_fraction() -> None:
     model = ot.attach(resnet26(0.25), ot.Parallel(), ["a", "b"], input_size=(3, 32, 32))
     x_bchw = images(4).float()

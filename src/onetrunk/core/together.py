@@ -113,8 +113,9 @@ class Together(nn.Module):
 
 
 def _random_state(like: Tensor) -> Tensor:
-    cuda = like.device.type == "cuda"
-    return torch.cuda.get_rng_state(like.device) if cuda else torch.get_rng_state()
+    if like.device.type == "cuda":
+        return torch.cuda.get_rng_state(like.device)
+    return torch.mps.get_rng_state() if like.device.type == "mps" else torch.get_rng_state()
 
 
 def _as_it_comes(_place: int) -> AbstractContextManager[None]:

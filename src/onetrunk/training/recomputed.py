@@ -99,17 +99,33 @@ class _Recomputed(nn.Module):
 
 
 class _AsItWas:
-    """While it is entered, buffers are what they were; what is written to them then is let go."""
+    """While it is entered, buffers are what they were; what is written to them then is let go.
+
+    So is the generator of an Apple GPU, which `checkpoint` does not know.
+    """
 
     def __init__(self, before: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
-        self.before = before
+        self.before, self.draws_before = before, _mps_state()
+        self.draws_held: Tensor | None = None
         self.held: list[tuple[nn.Module, str, Tensor | None]] = []
 
     def __enter__(self) -> None:
         self.held = [(module, name, module._buffers[name]) for module, name, _ in self.before]
         for module, name, value in self.before:
             module._buffers[name] = value.clone()
+        self.draws_held = _mps_state()
+        _set_mps_state(self.draws_before)
 
     def __exit__(self, *_exception: object) -> None:
         for module, name, buffer in self.held:
             module._buffers[name] = buffer
+        _set_mps_state(self.draws_held)
+
+
+def _mps_state() -> Tensor | None:
+    return torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+
+
+def _set_mps_state(state: Tensor | None) -> None:
+    if state is not None:
+        torch.mps.set_rng_state(state)
