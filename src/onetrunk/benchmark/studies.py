@@ -130,7 +130,7 @@ def _label(method: str) -> str:
     read = read_method(method)
     if isinstance(read, Compressed):
         kind = "alone" if read.alone else "joint"
-        side = "" if read.share == Compressed.share else f" by {read.share}"
+        side = "" if read.alone or read.share == Compressed.share else f" by {read.share}"
         return f"compressed {kind}{side}, keep {read.keep:g}"
     return LABELS.get(method, method)
 
