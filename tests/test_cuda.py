@@ -22,6 +22,7 @@ from onetrunk.benchmark.study import Study, domains_in, run
 from onetrunk.core.adapters import read_family
 from onetrunk.core.attach import delta
 from onetrunk.data import Preprocessing
+from onetrunk.export import export, export_together
 
 pytestmark = pytest.mark.cuda
 CLASSES = ("a", "b", "c")
@@ -129,6 +130,20 @@ def test_what_was_trained_on_a_gpu_is_stored_loaded_merged_and_mixed(tmp_path):
     expected = torch.stack([logits[("one", "other")[int(i)]][row] for row, i in enumerate(rows)])
     found = torch.stack([y[:3] for y in mixed(x.cuda(), rows)]).detach().cpu()
     close(found, expected, 1e-3)
+
+
+def test_what_is_on_a_gpu_is_checked_and_exported(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as it is for users
+    net, x = network("efficientnet_lite0"), torch.rand(4, *SIZE)
+    models = {name: domain(net, seed=seed) for seed, name in enumerate(("one", "other"))}
+    for model in models.values():
+        trained(model, "running")
+        ot.merge(model, check=x)
+    ot.mix(models, check=x)
+    for ending in ("safetensors", "pt2", "onnx"):
+        export(models["one"], tmp_path / f"one.{ending}", images=x)
+    export_together(models, tmp_path / "both.onnx", x)
+    assert {p.device.type for m in models.values() for p in m.parameters()} == {"cuda"}
 
 
 def test_views_of_images_on_a_gpu_are_those_on_the_cpu():

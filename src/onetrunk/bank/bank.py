@@ -585,8 +585,9 @@ def _network(
             "Get it again from where it came from."
         ) from error
     own = delta(model)
-    known = {} if blueprint.whole else backbone_statistics(model)  # where the backbone is
-    if differences := _differences(own, {**known, **tensors}):
+    known = {} if blueprint.whole else backbone_statistics(model)
+    whole = {**known, **tensors}  # the backbone's may lie on a GPU, the file's never do
+    if differences := _differences(own, whole):
         raise DamagedError(
             f"{origin}: its numbers do not fit what its card describes (- expected, + found):\n"
             f"{differences}"
@@ -597,7 +598,7 @@ def _network(
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name] if name in tensors else known[name])
+            tensor.copy_(whole[name])
     return model.eval()
 
 

@@ -28,8 +28,10 @@ from torch import nn
 from .. import written
 from ..backbones.written_form import build_empty, written_form
 from ..core.adapters import FAMILIES, Family, Full, read_family
+from ..core.adapters.shared import Share
 from ..core.plan import Layers, Where
 from ..errors import AttachError, SpecError
+from ..training.randomness import own_draws, reseed
 from ..training.sensitivity import DEFAULT, By
 from .allocated import allocated_plan, uniform_plan
 from .lora import peft_lora
@@ -78,8 +80,8 @@ class Scratch:
 
     def make(self, setting: Setting) -> nn.Module:
         form = written_form(setting.backbone)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(setting.seed)  # no GPU's
+        with own_draws():
+            reseed(setting.seed)
             fresh = build_empty(form) if not form.startswith("module:") else None
         if fresh is None:
             raise AttachError(
@@ -143,7 +145,7 @@ class Compressed:
 
     of: str
     keep: float
-    share: Literal["output", "input", "both"] = "input"
+    share: Share = "input"
     weighted: bool = True
     alone: bool = False
     group: ClassVar[Group] = "compressed"

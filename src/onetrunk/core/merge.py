@@ -197,7 +197,7 @@ def difference(
 
 @contextmanager
 def _unrounded() -> Iterator[None]:
-    """Convolutions on GPUs in float32, not in TensorFloat-32: that is a thousand times coarser."""
+    """Convolutions on GPUs in float32, not in TensorFloat-32, which is far coarser."""
     if not torch.cuda.is_available():
         yield
         return
