@@ -2,7 +2,8 @@
 
     python benchmarks/paired.py tf_efficientnet_lite0 "allocate(budget='1%')" "uniform(budget='1%')"
 
-Reads benchmarks/results/mini/cells.jsonl and trains nothing.
+Reads the cells below benchmarks/results/ (`--of full`: of the study with every image) and trains
+nothing.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from onetrunk.benchmark.ledger import Ledger
 from onetrunk.benchmark.report import read_rows
 from onetrunk.benchmark.report.summary import REFERENCE, common, paired, score
 
-LEDGER = Path(__file__).parent / "results" / "mini"
+RESULTS = Path(__file__).parent / "results"
+LEDGER = RESULTS / "mini"
 
 
 def main() -> None:
@@ -24,8 +26,9 @@ def main() -> None:
     parser.add_argument("method")
     parser.add_argument("other")
     parser.add_argument("--per-class", type=int, help="of transfer: images a class")
+    parser.add_argument("--of", default="mini", choices=["mini", "full"], help="whose cells")
     arguments = parser.parse_args()
-    records = [r for r in Ledger(LEDGER).read().values() if r["kind"] == "cell"]
+    records = [r for r in Ledger(RESULTS / arguments.of).read().values() if r["kind"] == "cell"]
     rows = [r for r in read_rows(records) if arguments.backbone in r.backbone]
     rows = [r for r in rows if r.per_class == arguments.per_class]
     of = {m: [r for r in rows if r.method == m] for m in {r.method for r in rows}}
