@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from onetrunk.errors import TrainingError
-from onetrunk.training.distributed import World, check_batch, world
+from onetrunk.training import distributed
+from onetrunk.training.distributed import World, check_batch, join, world
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
@@ -43,3 +44,28 @@ def test_a_batch_that_does_not_deal_out_evenly_is_refused():
     check_batch(8, 4)
     with pytest.raises(TrainingError, match=r"batch_size=7 on 2 processes.*e\.g\. batch_size=8"):
         check_batch(7, 2)
+
+
+@pytest.fixture
+def torchrun_with_a_gpu(monkeypatch):
+    """The second of two processes, on a machine with one GPU; what it joins."""
+    joined = []
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(distributed.distributed, "init_process_group", joined.append)
+    monkeypatch.setattr(distributed.distributed, "destroy_process_group", lambda: None)
+    return joined
+
+
+def test_processes_that_train_on_the_cpu_leave_a_gpu_alone(torchrun_with_a_gpu):
+    with join("cpu"):
+        assert torchrun_with_a_gpu == ["gloo"]
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told_what_to_do(torchrun_with_a_gpu):
+    told = r"process 1 .* no GPU of its own: there are 1.*--nproc-per-node 1, or .*--device cpu"
+    with pytest.raises(TrainingError, match=told), join():
+        pass
+    assert not torchrun_with_a_gpu

@@ -47,7 +47,7 @@ def pretrain(request: Request, screen: Screen) -> None:
         OnetrunkError: of the room that refuses; `out` is then as it was.
     """
     checkpoint = request.out.with_name(f"{request.out.name}.unfinished")
-    with join() as world:
+    with join(request.device) as world:
         if world.leads:
             _make_way(request, checkpoint, screen)
         else:

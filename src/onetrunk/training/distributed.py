@@ -62,19 +62,35 @@ def world() -> World:
 
 
 @contextmanager
-def join() -> Iterator[World]:
-    """Joins the processes that `torchrun` started, for the block; alone, does nothing."""
+def join(device: str | None = None) -> Iterator[World]:
+    """Joins the processes that `torchrun` started, for the block; alone, does nothing.
+
+    Args:
+        device: where they train; None: each on a GPU of its own where there are any.
+
+    Raises:
+        TrainingError: where there are fewer GPUs than processes of this machine.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world().size > 1:
         yield world()
         return
-    on_gpus = torch.cuda.is_available()
+    on_gpus = torch.cuda.is_available() and (device is None or device.startswith("cuda"))
     if on_gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        _take_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
     distributed.init_process_group("nccl" if on_gpus else "gloo")
     try:
         yield world()
     finally:
         distributed.destroy_process_group()
+
+
+def _take_gpu(place: int, n_gpus: int) -> None:
+    if place >= n_gpus:
+        raise TrainingError(
+            f"process {place} of this machine has no GPU of its own: there are {n_gpus}. Start "
+            f"torchrun with --nproc-per-node {n_gpus}, or train with --device cpu."
+        )
+    torch.cuda.set_device(place)
 
 
 def check_batch(batch_size: int, size: int) -> None:

@@ -1,0 +1,136 @@
+"""Does fine-tuning need its careful start? Adapters and fine-tuning as usual and as in the studies.
+
+    python benchmarks/usual.py --workers 2          every cell that is missing, then the table
+
+As usual: a fresh head, one rate for all, each batch's statistics. As in the studies: from the
+linear probe's head, which learns at a fifth of the rate, at the backbone's statistics. Five images
+a class on EfficientNet-Lite0; the studies' search over learning rates, by validation images.
+Accuracy is that on images that no training or choice saw; test images are left alone. Needs
+ONETRUNK_DATA; results are appended to benchmarks/results/usual.jsonl.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ratios import DATA, accuracy_on, setting_and_rest
+
+import onetrunk as ot
+from onetrunk.benchmark import cells
+from onetrunk.benchmark.methods import read_method
+from onetrunk.benchmark.protocol import SMALL, Tuning
+from onetrunk.benchmark.report.summary import interval
+from onetrunk.benchmark.studies import BASE
+from onetrunk.errors import DivergedError
+
+RESULTS = Path(__file__).parent / "results" / "usual.jsonl"
+PROTOCOL = dataclasses.replace(SMALL, per_class=5, keep="late")
+LEFT_OUT = (BASE, "omniglot")
+METHODS = ("full", "lowrank(rank=16)")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a domain, trained one way."""
+
+    method: str
+    domain: str
+    usual: bool
+    seed: int = 0
+
+    def run(self) -> dict[str, object]:
+        """The accuracy at the rates that did best on validation images."""
+        setting, held_out = setting_and_rest(self.domain, protocol=PROTOCOL, seed=self.seed)
+        found: dict[Tuning, tuple[float, float]] = {}
+
+        def val_accuracy(tuning: Tuning) -> float:
+            if tuning not in found:
+                try:
+                    model = self.trained(setting, tuning)
+                except DivergedError:
+                    return 0.0
+                val = ot.evaluate(model, setting.val).accuracy
+                found[tuning] = val, accuracy_on(model, held_out)
+            return found[tuning][0]
+
+        start = dataclasses.replace(PROTOCOL.start, statistics="batch" if self.usual else "running")
+        best = PROTOCOL.climbed(val_accuracy, start)
+        val, accuracy = found[best]
+        facts = {"factor": best.factor, "val_accuracy": val, "accuracy": round(accuracy, 4)}
+        return {**dataclasses.asdict(self), **facts, "images": sum(map(len, held_out))}
+
+    def trained(self, setting: cells.Setting, tuning: Tuning) -> torch.nn.Module:
+        recipe = PROTOCOL.recipe(tuning, self.seed, PROTOCOL.n_epochs(len(setting.train)))
+        if self.usual:
+            model = read_method(self.method).make(setting)
+            recipe = dataclasses.replace(recipe, head_lr_ratio=1.0, loraplus_lr_ratio=1.0)
+        else:
+            model = cells.fresh(read_method(self.method), setting)
+        for _ in ot.fit(model, setting.train, recipe, val=setting.val):
+            pass
+        return model
+
+
+def domains() -> list[str]:
+    return sorted(p.name for p in DATA.iterdir() if p.is_dir() and p.name not in LEFT_OUT)
+
+
+def results() -> dict[Cell, float]:
+    if not RESULTS.exists():
+        return {}
+    names = [field.name for field in dataclasses.fields(Cell)]
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return {Cell(**{name: row[name] for name in names}): row["accuracy"] for row in rows}
+
+
+def table() -> Iterator[str]:
+    """Means over the domains that both methods have, and adapters against fine-tuning."""
+    found = results()
+    yield "| trained | domains | fine-tuning, % | low-rank, % | points | better on |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for usual in (True, False):
+        pairs = [
+            tuple(100 * found[Cell(method, domain, usual)] for method in METHODS)
+            for domain in domains()
+            if all(Cell(method, domain, usual) in found for method in METHODS)
+        ]
+        if len(pairs) > 1:
+            gains = [adapters - full for full, adapters in pairs]
+            low, high = interval(gains) or (0.0, 0.0)
+            means = " | ".join(f"{statistics.mean(side):.1f}" for side in zip(*pairs, strict=True))
+            yield (
+                f"| {'as usual' if usual else 'as in the studies'} | {len(pairs)} | {means} "
+                f"| {statistics.mean(gains):+.1f} ({low:+.1f} to {high:+.1f}) "
+                f"| {sum(gain > 0 for gain in gains)} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=1, help="processes, a cell each")
+    arguments = parser.parse_args()
+    every = [
+        Cell(method, domain, usual)
+        for domain in domains()
+        for usual in (True, False)
+        for method in METHODS
+    ]
+    todo = [cell for cell in every if cell not in results()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
+        for future in as_completed([pool.submit(cell.run) for cell in todo]):
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(future.result()) + "\n")
+            print(future.result(), flush=True)
+    print("\n".join(table()))
+
+
+if __name__ == "__main__":
+    main()
