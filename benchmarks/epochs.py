@@ -11,16 +11,14 @@ benchmarks/results/epochs.jsonl.
 
 import argparse
 import dataclasses
-import json
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from ratios import TRUNK, accuracy_on, setting_and_rest
+from rows import add_missing, known
 
 import onetrunk as ot
 from onetrunk.benchmark import cells
@@ -111,17 +109,9 @@ def trainings() -> list[Training]:
     ]
 
 
-def results() -> dict[Training, dict]:
-    if not RESULTS.exists():
-        return {}
-    names = [field.name for field in dataclasses.fields(Training)]
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return {Training(**{name: row[name] for name in names}): row for row in rows}
-
-
 def table() -> Iterator[str]:
     """Mean accuracy over the domains in per cent; what `fit` keeps over the first of the best."""
-    found = results()
+    found = known(RESULTS, Training)
     yield f"| backbone | method | images | trainings | {' | '.join(RULES)} | within two, gain |"
     yield f"|---|---|---|---:|{'---:|' * (len(RULES) + 1)}"
     kinds = dict.fromkeys((t.trunk, t.method, t.per_class) for t in trainings())
@@ -145,14 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=1, help="processes, a training each")
     arguments = parser.parse_args()
-    known = results()
-    todo = [training for training in trainings() if training not in known]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
-        for future in as_completed([pool.submit(training.run) for training in todo]):
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(future.result()) + "\n")
-            print(future.result(), flush=True)
+    add_missing(RESULTS, trainings(), arguments.workers)
     print("\n".join(table()))
 
 

@@ -11,16 +11,14 @@ ONETRUNK_DATA; results are appended to benchmarks/results/usual.jsonl.
 
 import argparse
 import dataclasses
-import json
-import multiprocessing
 import statistics
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from ratios import DATA, accuracy_on, setting_and_rest
+from rows import add_missing, known
+from torch import nn
 
 import onetrunk as ot
 from onetrunk.benchmark import cells
@@ -66,7 +64,7 @@ class Cell:
         facts = {"factor": best.factor, "val_accuracy": val, "accuracy": round(accuracy, 4)}
         return {**dataclasses.asdict(self), **facts, "images": sum(map(len, held_out))}
 
-    def trained(self, setting: cells.Setting, tuning: Tuning) -> torch.nn.Module:
+    def trained(self, setting: cells.Setting, tuning: Tuning) -> nn.Module:
         recipe = PROTOCOL.recipe(tuning, self.seed, PROTOCOL.n_epochs(len(setting.train)))
         if self.usual:
             model = read_method(self.method).make(setting)
@@ -82,17 +80,9 @@ def domains() -> list[str]:
     return sorted(p.name for p in DATA.iterdir() if p.is_dir() and p.name not in LEFT_OUT)
 
 
-def results() -> dict[Cell, float]:
-    if not RESULTS.exists():
-        return {}
-    names = [field.name for field in dataclasses.fields(Cell)]
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return {Cell(**{name: row[name] for name in names}): row["accuracy"] for row in rows}
-
-
 def table() -> Iterator[str]:
     """Means over the domains that both methods have, and adapters against fine-tuning."""
-    found = results()
+    found = {cell: row["accuracy"] for cell, row in known(RESULTS, Cell).items()}
     yield "| trained | domains | fine-tuning, % | low-rank, % | points | better on |"
     yield "|---|---:|---:|---:|---:|---:|"
     for usual in (True, False):
@@ -122,13 +112,7 @@ def main() -> None:
         for usual in (True, False)
         for method in METHODS
     ]
-    todo = [cell for cell in every if cell not in results()]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
-        for future in as_completed([pool.submit(cell.run) for cell in todo]):
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(future.result()) + "\n")
-            print(future.result(), flush=True)
+    add_missing(RESULTS, every, arguments.workers)
     print("\n".join(table()))
 
 
