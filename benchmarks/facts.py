@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="+")
     arguments = parser.parse_args()
     cells = [r for r in Ledger(LEDGER).read().values() if r["kind"] == "cell"]
-    cells = [r for r in cells if arguments.backbone in r["backbone"] and r["per_class"] is None]
+    cells = [r for r in cells if arguments.backbone in r["backbone"] and r["study"] != "transfer"]
     for method in arguments.methods:
         tell(method, [r for r in cells if r["method"] == method])
 

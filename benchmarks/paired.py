@@ -25,12 +25,14 @@ def main() -> None:
     parser.add_argument("backbone", help="a part of its name")
     parser.add_argument("method")
     parser.add_argument("other")
-    parser.add_argument("--per-class", type=int, help="of transfer: images a class")
+    parser.add_argument("--per-class", type=int, help="of transfer: images a class, 0: all")
     parser.add_argument("--of", default="mini", choices=["mini", "full"], help="whose cells")
     arguments = parser.parse_args()
     records = [r for r in Ledger(RESULTS / arguments.of).read().values() if r["kind"] == "cell"]
     rows = [r for r in read_rows(records) if arguments.backbone in r.backbone]
-    rows = [r for r in rows if r.per_class == arguments.per_class]
+    n_images = arguments.per_class
+    rows = [r for r in rows if (r.study == "transfer") == (n_images is not None)]
+    rows = [r for r in rows if r.per_class == (n_images or None)]
     of = {m: [r for r in rows if r.method == m] for m in {r.method for r in rows}}
     mine, theirs = of[arguments.method], of[arguments.other]
     tell("all seeds", mine, theirs)
