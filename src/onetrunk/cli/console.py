@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
@@ -26,6 +27,8 @@ UNTRAINED = (
     "only resnet26(width=0.5) comes with weights: this backbone is untrained. Give --weights FILE, "
     "or make one with onetrunk pretrain."
 )
+
+SECONDS_A_LINE = 30.0  # of progress in a log
 
 
 class Bar(Protocol):
@@ -74,12 +77,12 @@ class Screen:
 
     @contextmanager
     def bar(self, what: str) -> Iterator[Bar]:
-        """A progress bar with time left on standard error; none where that is no terminal.
+        """A progress bar with time left on standard error; lines where that is no terminal.
 
         It appears after two seconds: short work needs none.
         """
         if not self.err.is_terminal:
-            yield lambda done, total, note="": None
+            yield self._lines(what)
             return
         columns = (
             TextColumn("{task.description}"),
@@ -104,6 +107,31 @@ class Screen:
             yield show
         finally:
             progress.stop()
+
+    def _lines(self, what: str) -> Bar:
+        """Progress for a log: a line now and then."""
+        started = last = time.monotonic()
+        first: tuple[float, int] | None = None  # what is shown first may be done already
+
+        def show(done: int, total: int, note: str = "") -> None:
+            nonlocal last, first
+            now = time.monotonic()
+            since, done_before = first = first or (now, done)
+            if done == done_before or now - last < SECONDS_A_LINE:
+                return
+            last = now
+            left_s = (now - since) * (total - done) / (done - done_before)
+            self.err.print(
+                f"{what}: {done}/{total} {note}, {_clock(now - started)}, left {_clock(left_s)}",
+                markup=False,
+            )
+
+        return show
+
+
+def _clock(seconds: float) -> str:
+    """75 s as `0:01:15`, as the bar has it."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def followed(steps: Iterable["Step"], show: Bar) -> Iterator["Step"]:

@@ -1,0 +1,34 @@
+"""Progress where nobody looks on: a line now and then, with the time left."""
+
+import itertools
+
+from onetrunk.cli import console
+from onetrunk.cli.console import Screen
+
+
+def told(monkeypatch, capsys, shown, **screen):
+    """What a run that shows every ten seconds leaves on standard error."""
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    with Screen(**screen).bar("training flowers") as show:
+        for done in shown:
+            show(done, 20, f"loss {done}.0")
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_log_gets_a_line_every_half_minute_with_the_time_left(monkeypatch, capsys):
+    assert told(monkeypatch, capsys, range(8)) == [
+        "training flowers: 2/20 loss 2.0, 0:00:30, left 0:03:00",
+        "training flowers: 5/20 loss 5.0, 0:01:00, left 0:02:30",
+    ]
+
+
+def test_a_resumed_run_counts_its_own_steps(monkeypatch, capsys):
+    assert told(monkeypatch, capsys, range(10, 14)) == [
+        "training flowers: 12/20 loss 12.0, 0:00:30, left 0:01:20"
+    ]
+
+
+def test_short_work_and_a_silent_process_leave_no_line(monkeypatch, capsys):
+    assert told(monkeypatch, capsys, range(2)) == []
+    assert told(monkeypatch, capsys, range(8), quiet=True) == []
