@@ -2,16 +2,17 @@
 
     python benchmarks/facts.py tf_efficientnet_lite0 "allocate(budget='8%')" "lowrank(rank=16)"
 
-Mean validation accuracy, of compressed domains before their tuning too (seed 0), and the share of
-the adapters' numbers that each block has (all seeds). Reads benchmarks/results/mini/cells.jsonl and
-trains nothing.
+Mean validation accuracy, of compressed domains before their tuning too, and at the rates where
+both were tried that of norms at the backbone's and at each batch's statistics (seed 0); the share
+of the adapters' numbers that each block has (all seeds). Reads the cells below benchmarks/results/
+(`--of full`: of the study with every image) and trains nothing.
 """
 
 import argparse
 from collections import Counter
 
 import numpy as np
-from paired import LEDGER
+from paired import RESULTS
 
 from onetrunk.benchmark.ledger import Ledger
 
@@ -20,8 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("backbone", help="a part of its name")
     parser.add_argument("methods", nargs="+")
+    parser.add_argument("--of", default="mini", choices=["mini", "full"], help="whose cells")
     arguments = parser.parse_args()
-    cells = [r for r in Ledger(LEDGER).read().values() if r["kind"] == "cell"]
+    cells = [r for r in Ledger(RESULTS / arguments.of).read().values() if r["kind"] == "cell"]
     cells = [r for r in cells if arguments.backbone in r["backbone"] and r["study"] != "transfer"]
     for method in arguments.methods:
         tell(method, [r for r in cells if r["method"] == method])
@@ -33,6 +35,15 @@ def tell(method: str, cells: list[dict]) -> None:
     for key in ("untuned_val_accuracy", "val_accuracy"):
         if known := [100 * r[key] for r in first if key in r]:
             print(f"  {key:20} {np.mean(known):.1f}")
+    pairs = [pair for record in first if (pair := by_statistics(record["trials"]))]
+    if pairs:
+        running, batch = (100 * np.mean(side) for side in zip(*pairs, strict=True))
+        ahead = sum(pair[0] > pair[1] for pair in pairs)
+        print(
+            f"  norms at the backbone's statistics {running:.1f}, each batch's {batch:.1f}; ",
+            end="",
+        )
+        print(f"ahead on {ahead} of {len(pairs)}")
     shares: Counter[str] = Counter()
     for record in cells:
         sites = record["site_numbers"] or {}
@@ -40,6 +51,15 @@ def tell(method: str, cells: list[dict]) -> None:
             shares[".".join(site.split(".")[:2])] += numbers / sum(sites.values()) / len(cells)
     for block, share in shares.items():
         print(f"  {block:20} {share:.1%}")
+
+
+def by_statistics(trials: list[dict]) -> tuple[float, float] | None:
+    """Validation accuracy (the backbone's, each batch's) at the first setting that both had."""
+    found = {(t["lr"], t["decay"], t["norm_statistics"]): t["val_accuracy"] for t in trials}
+    for lr, decay, statistics in found:
+        if statistics == "batch" and (lr, decay, "running") in found:
+            return found[lr, decay, "running"], found[lr, decay, "batch"]
+    return None
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from onetrunk.benchmark.report import read_rows
 from onetrunk.benchmark.report.summary import REFERENCE, common, paired, score
 
 RESULTS = Path(__file__).parent / "results"
-LEDGER = RESULTS / "mini"
 
 
 def main() -> None:

@@ -10,17 +10,15 @@ left alone. Needs ONETRUNK_DATA; results are appended to benchmarks/results/rati
 
 import argparse
 import dataclasses
-import json
-import multiprocessing
 import os
 import statistics
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from rows import add_missing, known
 
 import onetrunk as ot
 from onetrunk.benchmark import cells
@@ -45,10 +43,14 @@ class Candidate:
     method: str
     head: float = 1.0
     inner: float = 1.0
+    domain: str = ""
 
-    def accuracy(self, domain: str) -> tuple[float, int]:
-        """On held-out images, and how many they are."""
-        setting, held_out = setting_and_rest(domain)
+    def on(self, domain: str) -> "Candidate":
+        return dataclasses.replace(self, domain=domain)
+
+    def run(self) -> dict[str, object]:
+        """The accuracy on held-out images, and how many they are."""
+        setting, held_out = setting_and_rest(self.domain)
         if self.method == "head":
             model = probed(setting)
         else:
@@ -61,7 +63,9 @@ class Candidate:
             graphed = torch.cuda.is_available()
             for _ in ot.fit(model, setting.train, recipe, val=setting.val, graphed=graphed):
                 pass
-        return accuracy_on(model, held_out), sum(map(len, held_out))
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        facts = {"accuracy": round(accuracy_on(model, held_out), 4), "machine": device}
+        return {**dataclasses.asdict(self), **facts, "images": sum(map(len, held_out))}
 
 
 ADAPTERS = "lowrank(rank=16)"
@@ -97,38 +101,21 @@ def setting_and_rest(
     return setting, held_out
 
 
-def run(domain: str, candidate: Candidate) -> dict[str, object]:
-    accuracy, n_images = candidate.accuracy(domain)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    facts = {"accuracy": round(accuracy, 4), "images": n_images, "machine": device}
-    return {"domain": domain, **dataclasses.asdict(candidate), **facts}
-
-
-def results() -> dict[tuple[str, Candidate], float]:
-    if not RESULTS.exists():
-        return {}
-    names = [field.name for field in dataclasses.fields(Candidate)]
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return {
-        (row["domain"], Candidate(**{name: row[name] for name in names})): row["accuracy"]
-        for row in rows
-    }
-
-
 def table(domains: list[str]) -> Iterator[str]:
     """Means over the domains that a candidate has, and against the same method at one rate."""
-    found, probe, plain = results(), CANDIDATES[0], CANDIDATES[1]
+    found = {job: row["accuracy"] for job, row in known(RESULTS, Candidate).items()}
+    probe, plain = CANDIDATES[0], CANDIDATES[1]
     yield "| method | head | U over V | domains | mean | against one rate | worst to the probe |"
     yield "|---|---:|---:|---:|---:|---:|---:|"
     for candidate in CANDIDATES:
-        known = {d: 100 * found[d, candidate] for d in domains if (d, candidate) in found}
-        if known:
-            gains = [known[d] - 100 * found[d, plain] for d in known]
+        there = {d: 100 * found[candidate.on(d)] for d in domains if candidate.on(d) in found}
+        if there:
+            gains = [there[d] - 100 * found[plain.on(d)] for d in there]
             low, high = interval(gains) or (0.0, 0.0)
-            worst = min(known[d] - 100 * found[d, probe] for d in known)
+            worst = min(there[d] - 100 * found[probe.on(d)] for d in there)
             yield (
-                f"| {candidate.method} | {candidate.head:g} | {candidate.inner:g} | {len(known)} "
-                f"| {statistics.mean(known.values()):.1f} "
+                f"| {candidate.method} | {candidate.head:g} | {candidate.inner:g} | {len(there)} "
+                f"| {statistics.mean(there.values()):.1f} "
                 f"| {statistics.mean(gains):+.1f} ({low:+.1f} to {high:+.1f}) | {worst:+.1f} |"
             )
 
@@ -138,13 +125,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes, a domain each")
     arguments = parser.parse_args()
     domains = sorted(p.name for p in DATA.iterdir() if p.is_dir() and p.name != BASE)
-    todo = [(d, c) for d in domains for c in CANDIDATES if (d, c) not in results()]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
-        for future in as_completed([pool.submit(run, *job) for job in todo]):
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(future.result()) + "\n")
-            print(future.result(), flush=True)
+    add_missing(RESULTS, [c.on(d) for d in domains for c in CANDIDATES], arguments.workers)
     print("\n".join(table(domains)))
 
 
