@@ -55,7 +55,7 @@ def tell(method: str, cells: list[dict]) -> None:
 
 def by_statistics(trials: list[dict]) -> tuple[float, float] | None:
     """Validation accuracy (the backbone's, each batch's) at the first setting that both had."""
-    found = {(t["lr"], t["decay"], t["norm_statistics"]): t["val_accuracy"] for t in trials}
+    found = {(t["lr"], t["decay"], t.get("norm_statistics")): t["val_accuracy"] for t in trials}
     for lr, decay, statistics in found:
         if statistics == "batch" and (lr, decay, "running") in found:
             return found[lr, decay, "running"], found[lr, decay, "batch"]
