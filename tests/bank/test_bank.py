@@ -486,6 +486,38 @@ def test_a_backbone_that_was_trained_is_refused_at_add_and_at_load(bank, net):
     bank.load("a")
 
 
+def test_verify_finds_what_was_written_through_data(bank, net):
+    bank.add("a", attached(net))
+    bank.load("a").conv1.layer.weight.data.mul_(2)  # the backbone's: PyTorch counts no such write
+    bank.load("a")
+    (problem,) = bank.verify().problems
+    assert "this bank's backbone as it is in memory belongs to backbone" in problem
+
+
+class Averaging(nn.Module):
+    """Takes off a running mean that no state_dict has."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+        return x - self.mean[:, None, None]
+
+
+def test_numbers_that_no_file_would_hold_are_refused(tmp_path):
+    net = Tiny()
+    net.norm1 = Averaging()
+    bank = Bank.create(tmp_path / "averages", net)
+    model = ot.attach(net, ot.Parallel(), CLASSES, input_size=SIZE)
+    bank.add("fresh", model)
+    model.train()(torch.ones(2, *SIZE))
+    refused(bank, BankError, "buffer norm1.mean is not .* not persistent, so no file would hold it",
+            lambda: bank.add("trained", model))  # fmt: skip
+
+
 def test_a_backbone_in_inference_mode_is_taken(tmp_path):
     net = Tiny()
     with torch.inference_mode():

@@ -153,6 +153,19 @@ def test_a_basis_that_was_written_to_in_memory_is_read_again(bank):
     assert torch.equal(logits(bank.load("signs")), expected)
 
 
+def test_a_load_looks_at_no_basis_but_its_own(bank, net, monkeypatch):
+    bank.add("plain", ot.attach(net, ot.Parallel(), ["a", "b"], input_size=SIZE))
+    held, looks = bank.load("flowers"), []
+    taken_now = type(held.domain.basis).taken_now
+    monkeypatch.setattr(
+        "onetrunk.core.basis.Basis.taken_now", lambda basis: looks.append(1) or taken_now(basis)
+    )
+    bank.load("plain")
+    assert not looks
+    bank.load("signs")
+    assert looks
+
+
 def test_a_damaged_or_missing_basis_is_found(bank):
     (digest,) = bank._store.manifest.shared
     file = bank.path / "blobs" / f"{digest}.safetensors"

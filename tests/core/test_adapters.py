@@ -78,7 +78,7 @@ def test_a_rank_above_the_sites_is_refused_with_the_largest_that_fits() -> None:
     with pytest.raises(
         AttachError,
         match=r"lowrank\(rank=9\) at layer2\.0\.conv1: 8 channels in, 16 out, 1 group\(s\): no "
-        r"matrix there has rank above 8\. Use rank=8 or parallel\.",
+        r"matrix there has rank above 8\. Use a smaller rank, or parallel",
     ):
         ot.LowRank(rank=9).build(SITE)
 

@@ -518,3 +518,13 @@ def test_a_site_that_no_basis_fits_is_refused() -> None:
     refuses("2 groups: only dense", lambda: Shared(rank=2).over(grouped, {}), AttachError)
     refuses("output side there has more", lambda: Shared(rank=9).over(site, {}), AttachError)
     refuses("the basis has {} there", lambda: Shared(rank=2).over(site, {}), AttachError)
+
+
+def test_domains_of_another_type_than_their_backbone_are_refused() -> None:
+    net = Net().eval()
+    models = {
+        name: attach(net, ot.Parallel(), ["a", "b"], input_size=SIZE, seed=ord(name)).double()
+        for name in "ab"
+    }
+    with pytest.raises(CompressError, match=r"is torch.float64, and torch.float32 in a network ov"):
+        compress(models, rank_fraction=0.5)

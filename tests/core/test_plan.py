@@ -152,6 +152,6 @@ def test_a_rank_that_fits_nowhere_is_refused_with_the_largest_that_does(paper: T
     with pytest.raises(
         AttachError,
         match=r"lowrank\(rank=65\) fits none of the 25 chosen layers; stem: 3 channels in, 8 out, "
-        r"1 group\(s\): no matrix there has rank above 3\. Use rank=3 or parallel\.",
+        r"1 group\(s\): no matrix there has rank above 3\. Use a smaller rank, or parallel",
     ):
         place(ot.LowRank(rank=65), Where(), paper)

@@ -201,7 +201,8 @@ def test_what_lies_there_is_used_again(
     train_cached(first, make_images(), **options)
     assert counted == 2 * [24, 24, 12] and len(files(tmp_path / "a" / "b")) == 2
     train_cached(second, make_images(), **options)
-    assert counted == 2 * [24, 24, 12]
+    looked_at = 2 * [module.N_PROVED_ON]  # to see that they are the same
+    assert counted == 2 * [24, 24, 12] + looked_at
     assert same(first, in_memory) and same(second, in_memory)
 
 
@@ -210,7 +211,7 @@ def test_other_adapters_over_the_same_trunk_share_it(
 ) -> None:
     for family in (ot.Parallel(), ot.LowRank(rank=2), ot.Series(), ot.Full()):
         cached(make_late(family), make_images(), SHORT, folder=tmp_path, device="cpu")
-    assert counted == [24] and len(files(tmp_path)) == 1
+    assert counted == [24, *3 * [module.N_PROVED_ON]] and len(files(tmp_path)) == 1
 
 
 def repainted(images: Images, row: int) -> Images:
@@ -435,3 +436,20 @@ def test_a_file_that_is_changed_at_once(
         pytest.raises(TrainingError, match="was changed while it was written: no other program"),
     ):
         cached(make_late(), make_images(), SHORT, folder=tmp_path, device="cpu")
+
+
+def test_features_of_a_network_that_computes_something_else_are_computed_again(
+    make_late: Make, make_images: Make, training: Any, tmp_path: Path
+) -> None:
+    found = {}
+    for activation in (nn.ReLU, nn.Tanh):
+        net = training.net()
+        for name, child in net.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(net, name, activation())
+        model = make_late(backbone=net)
+        options = {"folder": tmp_path, "device": "cpu"}
+        found[activation] = cached(model, make_images(), SHORT, **options).train.stored.clone()
+        fresh = cached(model, make_images(), SHORT, device="cpu").train.stored
+        assert torch.equal(found[activation], fresh)
+    assert not torch.equal(found[nn.ReLU], found[nn.Tanh]) and len(files(tmp_path)) == 1

@@ -331,3 +331,62 @@ def test_recast_puts_a_behaviour_before_a_class() -> None:
     twin, x = recast(layer, Twice), torch.ones(1, 2)
     assert torch.equal(twin(x), 2 * layer(x)) and twin.weight is layer.weight
     assert isinstance(twin, nn.Linear) and type(twin).__name__ == "Linear"
+
+
+class Normalises(Small):
+    """Takes means off the image, which nothing ever writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Normalize()
+
+
+class Normalize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((4, 1, 1), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.mean
+
+
+class Remembers(Small):
+    """Keeps a mean in train mode, by a class that looks like no norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Memory()
+
+
+class Memory(Normalize):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean((0, 2, 3), keepdim=True)[0], 0.1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("net", "at"), [(Normalises, "last"), (Remembers, "norm")])
+def test_a_cut_is_above_numbers_that_stay_and_below_those_that_move(
+    net: type[Small], at: str
+) -> None:
+    model = ot.attach(
+        net(), ot.Channelwise(), ["a", "b"], where=ot.Where(pattern="last"),
+        input_size=(3, 8, 8), head="fc",
+    )  # fmt: skip
+    cut, _ = cut_off(model, images(3, 8))
+    assert cut.at == at
+
+
+def test_a_tail_on_its_way_disturbs_no_network() -> None:
+    model, x = placed(Small()).eval(), images(3, 8)
+    cut, tail = cut_off(model, x)
+    expected, found = model(x), list[Tensor]()
+
+    def meanwhile(*_args: Any) -> None:  # as another thread might
+        if not found:
+            found.append(x)  # the network comes here too, once
+            found[0] = model(x)
+
+    with tail.fc.register_forward_pre_hook(meanwhile):
+        tail(features(model, cut, x))
+    assert torch.equal(found[0], expected)

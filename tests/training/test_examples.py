@@ -163,6 +163,24 @@ def test_a_target_transform_is_obeyed(model: nn.Module, class_folder: Path) -> N
     assert examples_of(model, data).labels.tolist() == [0] * 3 + [2] * 3 + [1] * 3
 
 
+def test_a_list_of_labels_that_a_dataset_maps_is_not_believed(
+    model: nn.Module, pictures: Make
+) -> None:
+    class Mapped(Pairs):
+        def __getitem__(self, index: int) -> Any:
+            if index == 4:
+                raise OSError("a broken image")
+            x_hwc, label = self.pairs[index]
+            return x_hwc, (0, 2, 1)[label]
+
+    pairs = list(zip(pictures(6), [0, 1, 2, 0, 1, 2], strict=True))
+    data = Mapped([pair for k, pair in enumerate(pairs) if k != 4], targets=[0, 1, 2, 0, 2])
+    with pytest.raises(DataError, match="image 4 cannot be read for its label"):
+        examples_of(model, data)
+    data.pairs, data.targets = data.pairs[:4], data.targets[:4]
+    assert examples_of(model, data).labels.tolist() == [0, 2, 1, 0]
+
+
 @pytest.mark.parametrize("wrong", ["cat", 1.0, None, torch.tensor([0.0, 1.0]), True, [1]])
 def test_labels_that_are_no_whole_numbers_are_an_error(
     wrong: Any, model: nn.Module, pictures: Make

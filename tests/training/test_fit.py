@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,6 +138,20 @@ def test_seeds_of_two_purposes_are_unrelated() -> None:
         reseed(2**62)
         raise ZeroDivisionError
     assert global_state() == before
+
+
+def test_trainings_in_threads_draw_what_each_draws_alone(
+    make_model: Make, make_tensors: Make, bits: Make, same: Make
+) -> None:
+    def trained(_: int) -> dict[str, Tensor]:
+        model = make_model(ot.LowRank(rank=2, dropout=0.5))
+        train(model, RandomCrops(make_tensors(16)))
+        return bits(model)
+
+    alone, before = trained(0), global_state()
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(trained, range(3)))
+    assert all(same(one, alone) for one in together) and global_state() == before
 
 
 # What moves

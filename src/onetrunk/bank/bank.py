@@ -194,7 +194,8 @@ class Bank:
 
         Raises:
             BankError: where it is a user's own module that was not given to `open`, or its weights
-                are not, or no longer, the ones that the bank was made with.
+                are not, or no longer, the ones that the bank was made with. What is written through
+                `.data`, PyTorch counts nowhere: `verify` finds it.
         """
         with self._lock:
             if self._home is None:
@@ -261,7 +262,7 @@ class Bank:
             BankError: where there is no such domain or device.
             DamagedError: where its file is not what was written, or does not fit the backbone.
         """
-        held = self._intact_bases()
+        held = self._intact_bases(name)
         contents = self._store.read(name, have={digest for digest, _ in held})
         origin = self._origin(name)
         tensors, blueprint = self._read(contents.entry, contents.blob, origin)
@@ -386,6 +387,7 @@ class Bank:
         if domain.basis is not None:
             self._check_fingerprint(domain.basis.backbone, f"the basis of domain {name!r}")
             _refuse_changed_basis(name, model, domain, domain.basis)
+        _refuse_unstored(name, model, domain)
         own, tensors = delta(model), stored(model)
         if (bad := _non_finite(own)) is not None:
             raise BankError(
@@ -408,9 +410,12 @@ class Bank:
             [] if domain.basis is None else [write_basis(domain.basis)],
         )
 
-    def _intact_bases(self) -> dict[tuple[str, torch.device], Basis]:
-        """The bases in memory that nobody has written to: another is read again."""
-        return {k: b for k, b in list(self._bases.items()) if b.taken_now() == b.fingerprint}
+    def _intact_bases(self, name: str) -> dict[tuple[str, torch.device], Basis]:
+        """The domain's bases in memory that nobody has written to: another is read again."""
+        entry = self._store.manifest.domains.get(name)
+        digests = () if entry is None else entry.shared
+        held = {key: basis for key, basis in list(self._bases.items()) if key[0] in digests}
+        return {key: basis for key, basis in held.items() if basis.taken_now() == basis.fingerprint}
 
     def _basis_of(
         self,
@@ -525,7 +530,12 @@ class Bank:
                     f"{form[7:]}. Give it to Bank.open."
                 )
                 return None
-            return self.backbone
+            home = self.backbone
+            for held in (self._home, *self._copies.values()):
+                if held is not None:  # all of it: what is written through .data leaves no stamp
+                    found = fingerprint(held.module)
+                    self._check_fingerprint(found, "this bank's backbone as it is in memory")
+            return home
         except Exception as error:  # a report leaves nothing out
             problems.append(f"backbone: {_told(error)}")
             return None
@@ -561,7 +571,10 @@ class _Checked:
 
 
 def _stamp(module: nn.Module) -> tuple[object, ...]:
-    """Changes when a stored tensor of `module` is written to or replaced; looks at no bytes."""
+    """Changes when a stored tensor of `module` is written to or replaced; looks at no bytes.
+
+    Not where it is written to through `.data`, which PyTorch's versions leave out.
+    """
     return tuple(
         (name, storage_key(t), t.dtype, 0 if t.is_inference() else t._version)
         for name, t in module.state_dict(keep_vars=True).items()
@@ -642,6 +655,19 @@ def _refuse_changed(name: str, model: nn.Module, domain: Domain) -> None:
                 f"domain {name!r}: its shared weight {tensor_name} is no longer the backbone's"
                 f"{types}, and a bank stores only what is the domain's own. Train with fit, or "
                 "attach Full() to train everything."
+            )
+
+
+def _refuse_unstored(name: str, model: nn.Module, domain: Domain) -> None:
+    """Refuses a network with own numbers in buffers that no file would hold."""
+    theirs, known = dict(domain.backbone.named_buffers()), model.state_dict()
+    for key, buffer in model.named_buffers():
+        own = key not in known and key in theirs and buffer.is_floating_point()
+        if own and not same_bits(buffer, theirs[key].to(buffer.dtype)):
+            raise BankError(
+                f"domain {name!r}: its buffer {key} is not the backbone's any more, and it is not "
+                "persistent, so no file would hold it. Register it with persistent=True in the "
+                "backbone, which then is another one."
             )
 
 

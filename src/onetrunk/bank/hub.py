@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import BankError, DamagedError, OnetrunkError
 from ..files import DISK, PathLike, read_checked, reason, write_atomically
-from .bank import Bank, plain_path
+from .bank import Bank, Domains, plain_path
 from .folder import BLOBS, MANIFEST, MissingBlobError
 from .manifest import MAX_BYTES, Manifest, decode, encode
 from .store import Store
@@ -298,7 +298,7 @@ def _reason(error: Exception) -> str:
 
 def _model_card(repo_id: str, bank: Bank, manifest: Manifest) -> str:
     """README.md: what the repository holds and how to use it."""
-    cards = [bank.domains[name] for name in manifest.domains if name in bank.domains]
+    cards = list(Domains(manifest, bank.path).values())
     rows = "\n".join(
         f"| {card.name} | {_cell(card.family)} | {len(card.classes)}: {_classes(card.classes)} "
         f"| {card.numbers:,} | {card.size / 1e6:.2f} MB | {_metrics(card.metrics)} |"

@@ -238,9 +238,14 @@ def attach(
     'parallel'
     """
     names = _checked_classes(classes)
-    if hasattr(backbone, "domain") and isinstance(backbone.domain, Domain):
+    if isinstance(getattr(backbone, "domain", None), Domain):
         raise AttachError(
             "this is a domain's network already; attach to its backbone: model.domain.backbone."
+        )
+    if hasattr(backbone, "domain"):
+        raise AttachError(
+            f"{type(backbone).__name__} has a `domain` of its own, which is where the record of a "
+            "domain's network goes: call it something else."
         )
     if basis is not None:
         _refuse_foreign_basis(backbone, basis, family, where)
@@ -510,10 +515,16 @@ def _own_tensors(
         if is_norm(module):
             own += [] if scope == "head" or name in held else own_tensors(module)
         else:
-            own += [b for b in module._buffers.values() if b is not None and b.is_floating_point()]
+            buffers = (buffer for buffer in module._buffers.values() if buffer is not None)
+            own += [b for b in buffers if b.is_floating_point() or _counts(b)]
         if isinstance(plan.get(name), Full):
             own += own_tensors(module)
     return own
+
+
+def _counts(buffer: Tensor) -> bool:
+    """A lone whole number may count calls; more of them are a table, which nobody writes to."""
+    return buffer.numel() == 1 and not buffer.is_floating_point()
 
 
 def _unfreeze(model: nn.Module, scope: Scope, plan: Plan, held: tuple[str, ...]) -> None:
@@ -640,14 +651,16 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
 def backbone_statistics(model: nn.Module) -> dict[str, Tensor]:
     """The backbone's own values of the norm statistics that are the domain's, by name in `model`.
 
-    Statistics are a norm's buffers; those of an adapter's own norm have no counterpart.
+    Statistics are a norm's buffers, and lone whole numbers anywhere; those of an adapter's own norm
+    have no counterpart.
     """
     domain, modules = domain_of(model), dict(model.named_modules())
     theirs, found = domain.backbone.state_dict(), {}
     for name, original in original_names(model).items():
         owner, _, key = name.rpartition(".")
-        norm = modules.get(owner)
-        is_statistic = norm is not None and is_norm(norm) and key in norm._buffers
+        module = modules.get(owner)
+        buffer = None if module is None else module._buffers.get(key)
+        is_statistic = buffer is not None and (is_norm(modules[owner]) or _counts(buffer))
         if is_statistic and name not in domain.frozen and original in theirs:
             found[name] = theirs[original]
     return found

@@ -340,6 +340,11 @@ def rebuilt(
             "one. Give networks as attach made them."
         )
     for name, tensor in own.items():
+        if name in values and values[name].dtype != tensor.dtype:
+            raise CompressError(
+                f"{name} is {values[name].dtype}, and {tensor.dtype} in a network over the "
+                "backbone: bring the domain back to its backbone's type with .to() first."
+            )
         tensor.copy_(given[name] if name in given else values[name])
     return new.train(model.training)
 

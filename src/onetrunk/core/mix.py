@@ -29,7 +29,8 @@ from .rowwise import (
     RowwiseModules,
     RowwiseSite,
 )
-from .sites import Site, site_of
+from .sites import Site, package_and_class, site_of
+from .trace import folds_into_a_layer
 from .tree import copy_tree, is_norm, replace_modules
 
 
@@ -94,13 +95,16 @@ class Mixed(nn.Module):
 
     def __init__(self, first: nn.Module, domains: Sequence[_Domain]) -> None:
         super().__init__()
-        self._first, self._rows = (first,), Rows()  # a tuple: no submodule
+        self._first, self._rows = (copy_tree(first),), Rows()  # a tuple: no submodule
         self._classes = {domain.name: domain.classes for domain in domains}
         self._places = _places(domains)
         base = base_tree(first)
         layers = {path for group in self._places for path in group}
         check_rows(base, layers, own_size(domain_of(first)))
         self.network = _assembled(base, domains, self._places, self._rows)
+        n_classes_d = torch.tensor([len(domain.classes) for domain in domains])
+        self.register_buffer("n_classes_d", n_classes_d.to(_device_of(first)), persistent=False)
+        self.n_classes_d: Tensor
         super().train(False)
 
     @property
@@ -215,9 +219,13 @@ class Mixed(nn.Module):
             self._rows.traced = index_b
             scores: Tensor = self.network(images_bchw)
             self._rows.traced = None
-            return scores
-        with self._rows.of(index_b):
-            return self.network(images_bchw)
+        else:
+            with self._rows.of(index_b):
+                scores = self.network(images_bchw)
+        places_c = torch.arange(scores.shape[1], device=scores.device)
+        own_bc = places_c < self.n_classes_d.index_select(0, index_b)[:, None]
+        own_bc = own_bc.view(*own_bc.shape, *[1] * (scores.ndim - 2))
+        return scores.masked_fill(~own_bc, -torch.inf)  # an activation may have moved the head's
 
     def _known(self, name: str) -> str:
         if name in self._classes:
@@ -255,6 +263,10 @@ def _read(name: str, model: nn.Module, first: nn.Module) -> _Domain:
     return _Domain(name, domain.classes, sites, norms, heads)
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    return next(parameter.device for parameter in model.parameters())
+
+
 def _classifier(name: str, path: str, module: nn.Module) -> Classifier:
     if isinstance(module, nn.Linear | nn.Conv2d):
         return Classifier(module.weight, module.bias)
@@ -264,15 +276,26 @@ def _classifier(name: str, path: str, module: nn.Module) -> Classifier:
     )
 
 
-_LAST = ("LayerNorm", "RMSNorm", "RmsNorm")  # by class name: their channels are the last axis,
-_FIRST = ("GroupNorm", "GroupNorm1", "LayerNorm2d", "RmsNorm2d")  # or the one after the batch
+_AXES = {  # where the channels of norms with a known forward are
+    **dict.fromkeys(
+        [("torch", "LayerNorm"), ("torch", "RMSNorm"), ("timm", "LayerNorm"), ("timm", "RmsNorm")],
+        -1,
+    ),
+    **dict.fromkeys(
+        [
+            ("torch", "GroupNorm"), ("timm", "GroupNorm"), ("timm", "GroupNorm1"),
+            ("timm", "LayerNorm2d"), ("timm", "RmsNorm2d"), ("torchvision", "LayerNorm2d"),
+        ],
+        1,
+    ),
+}  # fmt: skip
 
 
 def _norm_part(norm: nn.Module) -> Affine | nn.Module:
     """A norm's gain and shift; the norm itself where it is of a kind that is not known here."""
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
+    if folds_into_a_layer(norm):
         gain, shift = norm_gain_and_shift(norm, torch.empty(0, dtype=torch.float64))
-        like = norm.running_mean
+        like: Any = norm.running_mean
         return Affine(gain.detach().to(like), shift.detach().to(like))
     if _axis(norm) is not None:
         return Affine(norm._parameters.get("weight"), norm._parameters.get("bias"))
@@ -280,12 +303,12 @@ def _norm_part(norm: nn.Module) -> Affine | nn.Module:
 
 
 def _axis(norm: nn.Module) -> int | None:
-    weight, kind = norm._parameters.get("weight"), type(norm).__name__
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        return 1 if norm.running_mean is not None else None
+    if folds_into_a_layer(norm):
+        return 1
+    weight = norm._parameters.get("weight")
     if weight is None or weight.ndim != 1:
         return None
-    return -1 if kind in _LAST else 1 if kind in _FIRST else None
+    return _AXES.get(package_and_class(norm))
 
 
 def _assembled(
@@ -314,7 +337,7 @@ def _rowwise_norm(norm: nn.Module, parts: Sequence[Affine | nn.Module], rows: Ro
     affine = [part for part in parts if isinstance(part, Affine)]
     if axis is None or len(affine) < len(parts):
         return RowwiseModules([p for p in parts if isinstance(p, nn.Module)], rows)
-    batch = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    batch = folds_into_a_layer(norm)
     core, after = copy_tree(norm), nn.Sequential()
     for part in ("drop", "act"):
         module = getattr(norm, part, None)
@@ -326,8 +349,8 @@ def _rowwise_norm(norm: nn.Module, parts: Sequence[Affine | nn.Module], rows: Ro
 
 def _refuse_difference(mixed: Mixed, models: Mapping[str, nn.Module], images_bchw: Tensor) -> None:
     for k, (name, model) in enumerate(models.items()):
-        index_b = torch.full((len(images_bchw),), k)
-        found = difference(model, _Row(mixed, index_b, len(mixed.classes(name))), images_bchw)
+        others = (k + 1) % len(models)
+        found = difference(model, _Between(mixed, k, others, len(mixed.classes(name))), images_bchw)
         if not found["difference"] <= found["limit"]:
             raise MixError(
                 f"mixing changes the scores of {name!r} by {found['difference']:.1e} of the "
@@ -336,12 +359,13 @@ def _refuse_difference(mixed: Mixed, models: Mapping[str, nn.Module], images_bch
             )
 
 
-class _Row(nn.Module):
-    """A mixture whose rows all belong to one domain."""
+class _Between(nn.Module):
+    """One domain's scores out of a batch in which every other row is another domain's."""
 
-    def __init__(self, mixed: Mixed, index_b: Tensor, n_classes: int) -> None:
+    def __init__(self, mixed: Mixed, k: int, other: int, n_classes: int) -> None:
         super().__init__()
-        self.mixed, self.index_b, self.n_classes = mixed, index_b, n_classes
+        self.mixed, self.pair, self.n_classes = mixed, torch.tensor([k, other]), n_classes
 
     def forward(self, images_bchw: Tensor) -> Tensor:
-        return self.mixed.padded(images_bchw, self.index_b)[:, : self.n_classes]
+        twice = images_bchw.repeat_interleave(2, dim=0)
+        return self.mixed.padded(twice, self.pair.repeat(len(images_bchw)))[::2, : self.n_classes]

@@ -8,7 +8,7 @@ from ..errors import MixError
 from ..tensorfile import fingerprint_of
 from .adapters import Full
 from .attach import Adapted, delta, domain_of, unmark
-from .trace import Size, rows_per_image
+from .trace import Size, rows_astray, rows_per_image
 from .tree import Frozen, copy_tree, original_names, replace_modules, same_bits
 
 
@@ -36,6 +36,11 @@ def check_shares(name: str, model: nn.Module, first: nn.Module) -> None:
         )
     _refuse_other_backbone(name, model, first)
     _refuse_other_kind(name, model, first)
+    if domain.head != domain_of(first).head:
+        raise MixError(
+            f"domain {name!r} has its classifier at {', '.join(domain.head)}, the others at "
+            f"{', '.join(domain_of(first).head)}: attach them with one `head`."
+        )
 
 
 def _refuse_other_backbone(name: str, model: nn.Module, first: nn.Module) -> None:
@@ -66,10 +71,16 @@ def check_own(name: str, model: nn.Module, taken: Collection[str]) -> None:
         MixError: where it has something else of its own.
     """
     theirs, original = domain_of(model).backbone.state_dict(), original_names(model)
-    for key, tensor in delta(model).items():
-        inside = any(key == path or key.startswith(f"{path}.") for path in taken)
+    own = delta(model)
+    inside = {key for key in own for path in taken if key == path or key.startswith(f"{path}.")}
+    places = {own[key].data_ptr() for key in inside}  # a module may have several names
+    for key, tensor in own.items():
         stays = original.get(key)
-        if inside or (stays in theirs and same_bits(tensor, theirs[stays])):
+        if (
+            key in inside
+            or tensor.data_ptr() in places
+            or (stays in theirs and same_bits(tensor, theirs[stays]))
+        ):
             continue
         raise MixError(
             f"domain {name!r} has {key} of its own, which rows of one batch cannot have. "
@@ -78,15 +89,26 @@ def check_own(name: str, model: nn.Module, taken: Collection[str]) -> None:
 
 
 def check_rows(base: nn.Module, layers: set[str], size: Size | None) -> None:
-    """A layer whose rows are not the batch's (a table of positions) is the same for every row.
+    """A row of every layer must belong to an image that its place tells.
 
     Raises:
-        MixError: where one of `layers` is such a one.
+        MixError: where one of `layers` gets rows that are not the batch's (a table of positions),
+            or several of each image that do not lie together.
+        BackboneError: where the backbone does not run.
     """
-    for path, n_rows in rows_per_image(base, layers, size).items():
+    per_image = rows_per_image(base, layers, size)
+    for path, n_rows in per_image.items():
         if not n_rows:
             raise MixError(
                 f"{path} gets a number of rows that does not follow the batch, so no row there "
                 "belongs to an image, and domains that differ there cannot be mixed. Call them "
                 "one after another, or leave that layer out of their plans."
             )
+    several = {path for path, n_rows in per_image.items() if n_rows > 1}
+    if several and (astray := rows_astray(base, several, size)):
+        raise MixError(
+            f"{min(astray)} gets several rows of each image that do not lie one image after the "
+            "other (torch.cat([x, x.flip(-1)]) makes such), so which domain a row belongs to is "
+            "unknown there. Call the domains one after another, or lay the views of an image "
+            "together."
+        )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import MixError
 from .attach import Adapted, domain_of, own_size, trains_basis
 from .mixable import base_tree, check_own, check_rows, check_shares
-from .tree import Frozen, is_norm, replace_modules
+from .tree import Frozen, draws, is_norm, replace_modules
 
 Drawing = Callable[[int], AbstractContextManager[None]]  # of a domain: its own random numbers
 
@@ -44,7 +44,11 @@ class Together(nn.Module):
         first, heads = networks[0], set(domain_of(networks[0]).head)
         base = base_tree(first)
         norms = {path for path, module in base.named_modules() if is_norm(module)} - heads
-        drawn = {path for path, module in base.named_modules() if _draws(module)}
+        drawn = {
+            path
+            for path, module in base.named_modules()
+            if draws(module) and next(module.children(), None) is None
+        }
         sites = {
             path
             for model in networks
@@ -122,16 +126,6 @@ def _as_it_comes(_place: int) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _draws(module: nn.Module) -> bool:
-    """Whether a module without children is dropout of some kind, by torch's class or by name."""
-    if next(module.children(), None) is not None:
-        return False
-    rates = (getattr(module, name, None) for name in ("p", "drop_prob", "dropout"))
-    rate = next((r for r in rates if isinstance(r, (int, float))), 0.0)
-    kinds = ("Drop", "StochasticDepth")  # nn.Dropout2d, timm's DropPath, torchvision's
-    return rate > 0 and any(kind in type(module).__name__ for kind in kinds)
-
-
 class _Batch:
     """The rows of the batch that is under way, by domain."""
 
@@ -163,7 +157,7 @@ class _Own(nn.Module):
         super().__init__()
         self.own, self.batch = nn.ModuleList(own), batch
         self.draws = [
-            any(_draws(m) or getattr(m, "dropout", 0) for m in module.modules()) for module in own
+            any(draws(m) or getattr(m, "dropout", 0) for m in module.modules()) for module in own
         ]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ costs milliseconds and no memory; a backbone that cannot run there runs on zeros
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +101,7 @@ def _first_that_runs(
     backbone: nn.Module, input_size: Size | None
 ) -> tuple[list[_Call], torch.Size, Size]:
     sizes = [input_size] if input_size else default_sizes(backbone)
+    _refuse_no_copy(backbone)
     problem = ""
     for device in ("meta", "cpu"):
         for size in sizes:
@@ -112,6 +114,17 @@ def _first_that_runs(
         f"{type(backbone).__name__} does not run on one image of {tried} ({problem}). "
         "Say the size it takes: input_size=(channels, rows, columns)."
     )
+
+
+def _refuse_no_copy(backbone: nn.Module) -> None:
+    try:
+        copy_tree(backbone)
+    except Exception as error:  # whatever a user's module raises is only reported
+        raise BackboneError(
+            f"{type(backbone).__name__} cannot be copied ({type(error).__name__}: {error}): "
+            "its domains are copies over the same weights. Where torch.nn.utils.weight_norm or "
+            "spectral_norm is the cause, take those of torch.nn.utils.parametrizations."
+        ) from error
 
 
 def on_device(backbone: nn.Module, device: str) -> nn.Module:
@@ -322,18 +335,30 @@ def following_norms(
         layers: the module paths of convolutions and linear layers whose outputs are followed.
         size: channels, rows, columns that it runs at; by default what it says of itself.
     """
-    if not layers or not any(_foldable(module) for module in network.modules()):
+    if not layers or not any(folds_into_a_layer(module) for module in network.modules()):
         return {}
-    for device in ("meta", "cpu"):
+    follow = functools.partial(_follow, network, layers)
+    return _on_meta_or_its_own(network, size, follow) or {}  # where nothing runs, nothing folds
+
+
+_Found = TypeVar("_Found")
+
+
+def _on_meta_or_its_own(
+    network: nn.Module, size: Size | None, observe: Callable[[str, Size], _Found]
+) -> _Found | None:
+    """What is observed on the first device and size that run, None where the network runs nowhere.
+
+    The devices: meta, and the network's own.
+    """
+    for device in ("meta", str(next(own.device for own in network.parameters()))):
         for tried in [size] if size else default_sizes(network):
-            try:
-                return _follow(network, layers, tried, device)
-            except Exception:  # the next device or size may run; where none does, nothing folds
-                continue
-    return {}
+            with contextlib.suppress(Exception):  # whatever a user's forward raises: try the next
+                return observe(device, tried)
+    return None
 
 
-def _follow(network: nn.Module, layers: set[str], size: Size, device: str) -> dict[str, str]:
+def _follow(network: nn.Module, layers: set[str], device: str, size: Size) -> dict[str, str]:
     copied = on_device(network, device)
     made: dict[str, list[Tensor]] = {}
     read: dict[str, list[int]] = {}
@@ -347,7 +372,7 @@ def _follow(network: nn.Module, layers: set[str], size: Size, device: str) -> di
     for name, module in copied.named_modules():
         if name in layers:
             module.register_forward_hook(note_output(name))
-        elif _foldable(module):
+        elif folds_into_a_layer(module):
             module.register_forward_pre_hook(note_input(name))
     with _Consumers() as consumers:
         returned = copied(example(network, size, device))
@@ -364,7 +389,7 @@ def _follow(network: nn.Module, layers: set[str], size: Size, device: str) -> di
     }
 
 
-def _foldable(norm: nn.Module) -> bool:
+def folds_into_a_layer(norm: nn.Module) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
     """A batch norm with statistics and a known forward: torch's, or timm's with its activation."""
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
         return False
@@ -379,24 +404,67 @@ def rows_per_image(
 ) -> dict[str, int]:
     """Layer -> the rows that it gets for each image of a batch: 1, or more for windows of images.
 
-    0 where their number does not follow the batch. Layers that are not called are left out, and all
-    are where the network runs at no size.
+    0 where their number does not follow the batch. Layers that are not called are left out.
 
     Args:
         network, size: as for `following_norms`.
         layers: module paths.
+
+    Raises:
+        BackboneError: where the network does not run.
     """
-    for device in ("meta", "cpu"):
-        for tried in [size] if size else default_sizes(network):
-            try:
-                two, three = (_n_rows(network, layers, tried, device, n) for n in (2, 3))
-            except Exception:  # the next device or size may run
-                continue
-            return {
-                name: two[name].pop() // 2 if _follows(two[name], three.get(name, set())) else 0
-                for name in two
-            }
-    return {}
+
+    def counted(device: str, tried: Size) -> dict[str, int]:
+        two, three = (_n_rows(network, layers, tried, device, n) for n in (2, 3))
+        return {
+            name: two[name].pop() // 2 if _follows(two[name], three.get(name, set())) else 0
+            for name in two
+        }
+
+    found = _on_meta_or_its_own(network, size, counted)
+    if found is None:
+        raise BackboneError(
+            f"{type(network).__name__} does not run on images of {size or default_sizes(network)}, "
+            "so it is unknown which rows inside belong to which image."
+        )
+    return found
+
+
+def rows_astray(network: nn.Module, layers: set[str], size: Size | None = None) -> set[str]:
+    """Those of `layers` where the rows of two images do not lie one image after the other.
+
+    The second image is NaN, and what it makes NaN is its own: `torch.cat([x, x.flip(-1)])` puts
+    some of that into the first half.
+
+    Args:
+        network, layers, size: as for `rows_per_image`.
+    """
+    own_device = str(next(own.device for own in network.parameters()))
+    for tried in [size] if size else default_sizes(network):
+        with contextlib.suppress(Exception):  # as in `_on_meta_or_its_own`
+            return _nan_in_first_half(network, layers, tried, own_device)
+    return set(layers)
+
+
+@torch.no_grad()
+def _nan_in_first_half(network: nn.Module, layers: set[str], size: Size, device: str) -> set[str]:
+    copied, found = on_device(network, device), set[str]()
+
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(_module: nn.Module, args: Any) -> None:
+            first_half = args[0][: len(args[0]) // 2]
+            if first_half.isnan().any():
+                found.add(name)
+
+        return hook
+
+    for name, module in copied.named_modules():
+        if name in layers:
+            module.register_forward_pre_hook(note(name))
+    images_bchw = example(network, size, device, n_images=2)
+    images_bchw[1] = torch.nan
+    copied(images_bchw)
+    return found
 
 
 def _follows(two: set[int], three: set[int]) -> bool:

@@ -66,6 +66,13 @@ def replace_modules(root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         for key, child in list(parent._modules.items()):
             if id(child) in new:
                 setattr(parent, key, new[id(child)])
+                _call_children(parent)
+
+
+def _call_children(parent: nn.Module) -> None:
+    """In eval mode torch's encoder layer takes its children's weights and passes them by."""
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0  # without a known activation it calls them
 
 
 def rewired(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -81,8 +88,9 @@ def rewired(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
             known[module] = module  # for a tree that holds itself
             children = {key: child and visited(child) for key, child in module._modules.items()}
             if any(children[key] is not child for key, child in module._modules.items()):
-                known[module] = _shell(module)
+                known[module] = shell(module)
                 known[module]._modules = children
+                _call_children(known[module])
         return known[module]
 
     return visited(root)
@@ -90,12 +98,13 @@ def rewired(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
 
 def recast(module: nn.Module, behaviour: type[nn.Module]) -> nn.Module:
     """A shallow copy over the same submodules and tensors; `behaviour` goes before its class."""
-    twin, cls = _shell(module), type(module)
+    twin, cls = shell(module), type(module)
     twin.__class__ = type(cls.__name__, (behaviour, cls), {"__module__": cls.__module__})
     return twin
 
 
-def _shell(module: nn.Module) -> nn.Module:
+def shell(module: nn.Module) -> nn.Module:
+    """A shallow copy: another object with the same submodules, tensors and hooks."""
     twin = copy.copy(module)
     twin._load_state_dict_pre_hooks = OrderedDict()  # they name the module they were made for
     return twin
@@ -106,18 +115,30 @@ _NORMS = (
     nn.LayerNorm,
     nn.GroupNorm,
 )
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` is a norm with numbers of its own, of torch, timm, torchvision or a user.
 
     By class for torch's own; by name (BatchNormAct2d, LayerNorm2d, FrozenBatchNorm2d, EvoNorm,
-    FilterResponseNorm, GlobalResponseNorm, RMSNorm ...) for the rest.
+    FilterResponseNorm, GlobalResponseNorm, RMSNorm ...) for the rest, but for convolutions and
+    linear layers that normalise their weights.
     """
     if isinstance(module, _NORMS):
         return True
-    has_numbers = next(own_tensors(module), None) is not None
-    return has_numbers and "Norm" in type(module).__name__ and not hasattr(module, "in_features")
+    if isinstance(module, _LAYERS) or hasattr(module, "in_features"):
+        return False
+    return "Norm" in type(module).__name__ and next(own_tensors(module), None) is not None
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether `module` is dropout of some kind that drops, by torch's class or by name."""
+    kinds = ("Drop", "StochasticDepth")  # nn.Dropout2d, timm's DropPath, torchvision's
+    if not any(kind in type(module).__name__ for kind in kinds):
+        return False
+    shares = (getattr(module, name, 0) for name in ("p", "drop_prob", "dropout", "prob"))
+    return any(isinstance(share, (int, float)) and share > 0 for share in shares)
 
 
 class Frozen(nn.Module):

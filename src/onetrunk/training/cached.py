@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.attach import domain_of, trains_basis
 from ..errors import TrainingError
 from ..tensorfile import fingerprint_of
-from .cut import Cut, cut_off, features
+from .cut import Cut, cut_off, features, is_close
 from .examples import Examples, ImageExamples, Progress, examples_of
 from .featurefile import FeatureFile, digest_of, n_bytes
 from .fit import best_device
@@ -202,23 +202,28 @@ class _Trunk:
         Raises:
             TrainingError: where a feature is not finite.
         """
-        train, recipe = views is not None, self.recipe
-        self.model.train(train)  # nothing in the trunk depends on it but the way it is computed
         for view in range(max(1, views or 0)):
             for indices in torch.arange(len(examples)).split(BATCH_SIZE):
-                x_bchw = (
-                    examples.training_views(indices, recipe.seed, view, recipe.crop_scale)
-                    if views
-                    else examples.views(indices)
-                )
-                with torch.set_grad_enabled(train):
-                    z = features(self.model, self.cut, _moved(self.model, x_bchw))
+                z = self.of(examples, views, view, indices)
                 if not torch.isfinite(z).all():
                     raise TrainingError(
                         f"the features at {self.cut.at} are not finite (NaN or infinity): look "
                         "for broken numbers in the images or in the backbone's weights."
                     )
-                yield self.cut.packed(z.cpu())
+                yield z
+
+    def of(self, examples: Examples, views: int | None, view: int, indices: Tensor) -> Tensor:
+        """The features of one view of some images, as they are stored, on the CPU."""
+        train, recipe = views is not None, self.recipe
+        self.model.train(train)  # nothing in the trunk depends on it but the way it is computed
+        x_bchw = (
+            examples.training_views(indices, recipe.seed, view, recipe.crop_scale)
+            if views
+            else examples.views(indices)
+        )
+        with torch.set_grad_enabled(train):
+            z = features(self.model, self.cut, _moved(self.model, x_bchw))
+        return self.cut.packed(z.cpu())
 
 
 class _Store:
@@ -234,11 +239,12 @@ class _Store:
         """The features of `examples`; `views` is None for validation."""
         facts = trunk.facts(examples, views)
         shape = (max(1, views or 0), len(examples), *trunk.cut.stored_shape)
-        batches = self._counted(trunk.batches(examples, views))
         if self.folder is None:
+            batches = self._counted(trunk.batches(examples, views))
             stored = self._in_memory(shape, trunk.cut.dtype, batches)
         else:
-            stored = self._in_file(FeatureFile(self.folder, facts, shape, trunk.cut.dtype), batches)
+            file = FeatureFile(self.folder, facts, shape, trunk.cut.dtype)
+            stored = self._in_file(file, trunk, examples, views)
         drawn_with = (trunk.recipe.seed, trunk.recipe.crop_scale) if views else None
         ahead = self.folder is not None  # a page may have to come from the disk
         return Features(stored, examples.labels, trunk.cut, facts, drawn_with, ahead)
@@ -260,10 +266,14 @@ class _Store:
             n += len(batch)
         return stored
 
-    def _in_file(self, file: FeatureFile, batches: Iterator[Tensor]) -> Tensor:
+    def _in_file(
+        self, file: FeatureFile, trunk: _Trunk, examples: Examples, views: int | None
+    ) -> Tensor:
         stored = file.read()
+        if stored is not None and not _are_of(stored, trunk, examples, views):
+            stored = None  # of a network with the same weights that computes something else
         if stored is None:
-            file.write(batches)
+            file.write(self._counted(trunk.batches(examples, views)))
             stored = file.read()
         else:
             self._note(file.shape[0] * file.shape[1])
@@ -282,6 +292,12 @@ class _Store:
         self.done += n_done
         if self.progress is not None:
             self.progress(self.done, self.total)
+
+
+def _are_of(stored: Tensor, trunk: _Trunk, examples: Examples, views: int | None) -> bool:
+    """Whether the first of the stored features are what the trunk computes now."""
+    few = torch.arange(min(N_PROVED_ON, len(examples)))
+    return is_close(stored[0, few], trunk.of(examples, views, 0, few))
 
 
 def _digest_of(examples: Examples) -> str:

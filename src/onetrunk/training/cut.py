@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attach import domain_of, mark
-from ..core.tree import is_norm, recast, rewired
+from ..core.tree import draws, recast, rewired, shell
 from ..errors import TrainingError
 from .randomness import own_draws, reseed
 
@@ -92,7 +92,8 @@ def cut_off(model: nn.Module, x_bchw: Tensor) -> tuple[Cut, nn.Module]:
         TrainingError: where there is no trunk, or no place through which all goes.
     """
     with _undisturbed(model):
-        calls, chain = _observed(model.train(), x_bchw[:N_OBSERVED])
+        model.train()
+        calls, chain = _observed(model, x_bchw[:N_OBSERVED], _moving(model, x_bchw[:N_OBSERVED]))
         reason = "nothing is before it"
         for module in reversed(chain):
             if len(calls[module]) != 1 or not _takes_features(calls[module][0]):
@@ -188,8 +189,17 @@ def _first_tensor(values: Sequence[Any]) -> Tensor | None:
     return next((value for value in values if isinstance(value, Tensor)), None)
 
 
+@torch.no_grad()
+def _moving(model: nn.Module, x_bchw: Tensor) -> set[nn.Module]:
+    """The modules with buffers that a training pass writes to."""
+    before = [(m, b, b.clone()) for m in model.modules() for b in m.buffers(recurse=False)]
+    with own_draws(x_bchw.device):
+        model(x_bchw)
+    return {module for module, buffer, value in before if not torch.equal(buffer, value)}
+
+
 def _observed(
-    model: nn.Module, x_bchw: Tensor
+    model: nn.Module, x_bchw: Tensor, moving: set[nn.Module]
 ) -> tuple[dict[nn.Module, list[_Call]], list[nn.Module]]:
     """Every module's calls; the first that learns, with those around it before it."""
     calls: dict[nn.Module, list[_Call]] = {module: [] for module in model.modules()}
@@ -201,7 +211,7 @@ def _observed(
         nonlocal clock
         clock += 1
         running.append((module, clock))
-        if not chain and _learns(module):
+        if not chain and (module in moving or _learns(module)):
             chain.extend(module for module, _ in running)
 
     def ended(module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
@@ -226,15 +236,9 @@ def _learns(module: nn.Module) -> bool:
     """Whether a module itself changes in training, draws numbers, or looks at the whole batch."""
     if any(p is not None and p.requires_grad for p in module._parameters.values()):
         return True
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-        return True
-    if not module.training:
-        return False
-    if is_norm(module):
-        return any(b is not None and b.is_floating_point() for b in module._buffers.values())
-    name = type(module).__name__
-    draws = "Drop" in name or name == "StochasticDepth"
-    return draws and any(getattr(module, share, 0) for share in ("p", "drop_prob", "prob"))
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.training or module.running_mean is None
+    return module.training and draws(module)
 
 
 def _takes_features(call: _Call) -> bool:
@@ -303,7 +307,10 @@ def _stub(module: nn.Module, calls: list[_Call], cut_began: int) -> nn.Module | 
 
 
 def _tail(model: nn.Module, cut: Cut, stubs: dict[nn.Module, nn.Module]) -> nn.Module:
-    tail: Any = recast(rewired(model, stubs), _FromFeatures)
+    at = model.get_submodule(cut.at)
+    own_at = shell(at)  # what the tail hooks to it must not reach the network's own
+    own_at._forward_pre_hooks = at._forward_pre_hooks.copy()
+    tail: Any = recast(rewired(model, {**stubs, at: own_at}), _FromFeatures)
     tail.cut, domain = cut, domain_of(model)
     mark(tail, replace(domain, frozen=domain.frozen & tail.state_dict().keys()))
     return tail
@@ -338,7 +345,7 @@ def _difference(model: nn.Module, tail: nn.Module, cut: Cut, x_bchw: Tensor) -> 
             z = features(model, cut, x_bchw)
             if len(z) != len(x_bchw):
                 return f"what goes into {cut.at} has no row for each image"
-            if not _close(features(model, cut, x_bchw[:1]), z[:1]):
+            if not is_close(features(model, cut, x_bchw[:1]), z[:1]):
                 return f"what goes into {cut.at} depends on chance or on the rest of the batch"
             found = _computed(tail.train(train), cut.unpacked(cut.packed(z)))
             if not _same(found, _computed(model.train(train), x_bchw)):
@@ -373,10 +380,11 @@ def _same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> 
 def _equal(a: Tensor, b: Tensor) -> bool:
     if a.device.type == "cpu" or not a.is_floating_point():
         return torch.equal(a, b)
-    return _close(a, b)
+    return is_close(a, b)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def is_close(a: Tensor, b: Tensor) -> bool:
+    """Within 1e-3 of the largest number: equal but for rounding."""
     return torch.allclose(a, b, rtol=0, atol=CLOSE * float(b.abs().max()))
 
 

@@ -211,10 +211,10 @@ def _labels(data: Any, first: int, label: Any) -> Tensor:
     expected = _whole_numbers([label])
     for name in ("targets", "labels"):
         known = _whole_numbers(getattr(data, name, None))
-        if known is not None and expected is not None and len(known) == len(data):
-            changed = getattr(data, "target_transform", None) is not None
-            if not changed and known[first] == expected[0]:
-                return known
+        if known is None or expected is None or len(known) != len(data):
+            continue
+        if known[first] == expected[0] and _means(data, known):
+            return known
     labels = [label] if expected is None else [_label(data, index) for index in range(len(data))]
     found = _whole_numbers(labels)
     if found is None:
@@ -224,6 +224,20 @@ def _labels(data: Any, first: int, label: Any) -> Tensor:
             "(image, label) pairs with labels from 0 to the number of classes less one."
         )
     return found
+
+
+def _means(data: Any, known: Tensor) -> bool:
+    """Whether a dataset gives the labels that it lists: it is asked for one example of each."""
+    for label in known.unique():
+        for index in (known == label).nonzero().flatten().tolist():
+            try:
+                given = _whole_numbers([data[index][1]])
+            except OSError:
+                continue  # an image that cannot be read says nothing
+            if given is None or given[0] != label:
+                return False
+            break
+    return True
 
 
 def _label(data: Any, index: int) -> Any:

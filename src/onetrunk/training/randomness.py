@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 CPU = torch.device("cpu")
+_TURN = threading.RLock()  # one thread may enter several times
 
 
 def seed_of(seed: int, purpose: str, number: int) -> int:
@@ -31,7 +32,15 @@ def seed_of(seed: int, purpose: str, number: int) -> int:
 def own_draws(device: torch.device = CPU) -> Iterator[None]:
     """Whatever is drawn or seeded inside (torch, numpy, random), the caller's numbers go on as if
     nothing were. Of several GPUs, the one of `device`; no other is touched.
+
+    The generators are the process's, so threads take turns: one is inside at a time.
     """
+    with _TURN, _restored(device):
+        yield
+
+
+@contextmanager
+def _restored(device: torch.device) -> Iterator[None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     with ExitStack() as stack:
         stack.callback(random.setstate, python)

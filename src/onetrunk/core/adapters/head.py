@@ -1,7 +1,8 @@
 """Head only: a linear probe. The backbone stays as it was, its norms included.
 
 The norms keep the backbone's statistics even in train mode, so the features are exactly the
-backbone's, and only the classifier's numbers are the domain's.
+backbone's (but for dropout, where the backbone has any), and only the classifier's numbers are the
+domain's.
 """
 
 from dataclasses import dataclass

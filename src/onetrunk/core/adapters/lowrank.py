@@ -30,7 +30,8 @@ class LowRank(Family):
     """A 1x1 convolution of rank `rank` beside each adapted layer: y = w * x + U V x.
 
     Args:
-        rank: the columns of U; below min(i, o) / groups at every site, else parallel costs no more.
+        rank: the columns of U, at most min(i, o) / groups at every site. From
+            i o / (groups (i + o)) on parallel costs no more.
         init: `identity` (U = 0, V ~ N(0, 1 / i)) or `released` (U V has the variance 2 / o of the
             authors' parallel adapter).
         dropout: share of V's input channels that are dropped in training.
@@ -47,7 +48,7 @@ class LowRank(Family):
 
     def __post_init__(self) -> None:
         check_options(self, self.init, self.dropout)
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if type(self.rank) is not int or self.rank < 1:
             raise AttachError(
                 f"lowrank(rank={self.rank!r}): rank must be a whole number, at least 1. "
                 "To adapt nothing at a site, leave the site out."
@@ -62,7 +63,7 @@ class LowRank(Family):
             return None
         return (
             f"{site.cin} channels in, {site.cout} out, {site.groups} group(s): no matrix there "
-            f"has rank above {limit}. Use rank={limit} or parallel."
+            f"has rank above {limit}. Use a smaller rank, or parallel, which costs less there."
         )
 
     def n_numbers(self, site: Site) -> int:
