@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -198,6 +199,16 @@ def read_checked(
             "were altered. Restore it from a copy."
         )
     return data
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a file in `folder` that is gone at once: for long work that writes at its end.
+
+    Raises:
+        OSError: where no file can be made there.
+    """
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def reason(error: OSError) -> str:

@@ -71,6 +71,17 @@ def test_transfer_curves_are_drawn_whatever_is_missing(table):
     drawn(transfer_curves(rows[::7], LOOKS))
 
 
+def test_a_lone_curve_stands_at_its_numbers_of_images(table, monkeypatch):
+    shifts = []
+    monkeypatch.setattr(
+        "onetrunk.benchmark.report.pictures._curve",
+        lambda _axes, _look, shift, *_rest: shifts.append(shift),
+    )
+    rows = [row for row in read_rows(table()) if row.method == "parallel"]
+    transfer_curves(rows, {"parallel": LOOKS["parallel"]})
+    assert shifts and not any(shifts)
+
+
 def test_a_change_of_nothing_anywhere_is_drawn_too(row):
     rows = read_rows([row("parallel", "signs", 0, site_change={"a": 0.0, "b": 0.0})])
     drawn(change_map(rows, change_range(rows)))

@@ -61,6 +61,7 @@ FILES = {
     "list.json": "[1]",
     "layer.json": '{"stam": "parallel"}',
     "family.json": '{"stem": "lora"}',
+    "glob.json": '{"nolayer*": "parallel"}',
     "half.json": '{"allocation": 1}',
     "other.json": json.dumps(
         {"allocation": 1, "backbone": "0" * 64, "how": "uniform", "budget": 1, "shares": []}
@@ -82,7 +83,7 @@ FILES = {
         (("train", "--plan", "family.json"), "unknown adapter family 'lora'"),
         (("train", "--plan", "half.json"), "no allocation as it was written"),
         (("train", "--plan", "other.json"), "made for backbone 000000000000"),
-        (("train", "--plan", "layer.json", "--stages", "late"), "Did you mean 'stem'?"),
+        (("train", "--plan", "glob.json"), "glob.json: unknown layer 'nolayer*': none of the 25"),
         (("train", "--plan-of", "strips"), "no domain 'strips'. Did you mean 'stripes'?"),
         (("train", "--plan-of", "headonly"), "domain 'headonly' has no plan to reuse: it is head"),
     ],
@@ -109,6 +110,7 @@ def test_bad_input_gets_one_line_and_status_1(
         (("allocate", "--budget", "2%", "--by", "magic"), "none of gradient, curvature, trained"),
         (("allocate",), "--budget"),
         (("train", "--plan", "a.json", "--adapter", "norm"), "exclude each other"),
+        (("train", "--plan", "a.json", "--stages", "late"), "a plan says which layers: leave"),
     ],
 )
 def test_wrong_usage_gets_status_2(run, photos, bank, words, says):

@@ -31,7 +31,10 @@ def test_mini_writes_a_report_and_computes_nothing_twice(run, domains, tmp_path)
     lines = (tmp_path / "cells.jsonl").read_text()
     assert run(*words).status == 0
     assert (tmp_path / "cells.jsonl").read_text() == lines
+    again = run(*words)
+    assert "2 cells, 2 of them done, 1 domain" in again.out
     report = run(*words, "--report-only", "--json")
+    assert "--report-only" not in (tmp_path / "table.md").read_text()
     assert json.loads(report.out)["cells"] == 2
     assert (tmp_path / "report.html").exists()
 
@@ -48,7 +51,7 @@ def test_transfer_has_a_cell_for_each_number_of_images(run, domains, tmp_path):
 def test_recorded_steps_without_a_gpu_are_told_of_cell_by_cell(run, domains, tmp_path):
     words = ("benchmark", "mini", domains, "--out", tmp_path, *TINY, "--methods", "norm")
     ran = run(*words, "--graphed")
-    assert ran.status == 1
+    assert ran.status == 1 and "error: no cell could be computed; the first: " in ran.err
     assert "left out: resnet26(width=0.125) norm shades: fit(graphed=True) on cpu" in ran.err
     assert not (tmp_path / "cells.jsonl").exists()
 
@@ -59,6 +62,12 @@ def test_recorded_steps_without_a_gpu_are_told_of_cell_by_cell(run, domains, tmp
         (("mini", "--methods", "parallell"), 1, "unknown method 'parallell'"),
         (("mini", "--domains", "cats"), 1, "has no domain 'cats'"),
         (("mini", "--seeds", "one"), 2, "no list of whole numbers"),
+        (("mini", "--methods", " ; "), 2, "it names no method"),
+        (
+            ("mini", "--backbone", "timm:resnet81", "--methods", "head"),
+            1,
+            "error: unknown timm mod",
+        ),
         (("transfer", "--per-class", "1"), 1, "need 2 at least"),
         (("mini", "--report-only", "--methods", "head"), 1, "no finished cell of this study"),
     ],
@@ -83,3 +92,9 @@ def test_speed_prints_saves_and_draws_and_refuses_unknown_groups(run, tmp_path, 
     assert "Memory by number of domains" in (tmp_path / "speed.md").read_text()
     ran = run(*words, "--only", "latency")
     assert ran.status == 1 and "no group 'latency' in benchmark speed" in ran.err
+
+
+def test_results_that_cannot_be_written_are_refused_at_once(run, domains, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    refused = run("benchmark", "mini", domains, "--out", tmp_path / "file" / "x", *TINY)
+    assert refused.status == 1 and "results cannot be written to" in refused.err

@@ -116,6 +116,27 @@ def test_a_domain_is_replaced_only_when_asked(run, photos, bank):
             "classes are not the domain's",
         ),
         (("predict", "{bank}", "stripes", "no.jpg"), "no.jpg: there is no such file"),
+        (
+            ("train", "{bank}", "x", "--data", "{photos}", "--device", "abacus"),
+            "device='abacus' cannot be used",
+        ),
+        (
+            (
+                "pretrain",
+                "resnet26(width=0.25)",
+                "--data",
+                "{photos}",
+                "--out",
+                "b.bank",
+                "--device",
+                "abacus",
+            ),
+            "device='abacus' cannot be used",
+        ),
+        (
+            ("new", "b.bank", "--backbone", "resnet26(width=0.5)", "--weights", "w.safetensors"),
+            "the weights cannot be read: No such file or directory at w.safetensors",
+        ),
         (("train", "{bank}", "Two Words", "--data", "x"), "Use 'two-words'"),
         (("train", "{bank}", "x", "--data", "sklearn:digit"), "Did you mean"),
         (

@@ -53,7 +53,7 @@ def test_with_data_it_measures_tunes_and_draws(run, stored, photos, tmp_path):
     assert done.status == 0, done.err
     row = json.loads(done.out)["domains"]["stripes"]
     assert all(0 <= row[key] <= 1 for key in ("before", "compressed", "tuned"))
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "half.bank.png").read_bytes().startswith(b"\x89PNG")
     assert "errors are those of the matrices" in done.err
     assert Bank.open(out).domains["stripes"].metrics["test_accuracy"] == row["tuned"]
 
@@ -86,6 +86,7 @@ def test_a_stop_leaves_nothing(run, stored, tmp_path, monkeypatch):
         (("--keep", 0.5, "--max-loss", 0.1), "either --keep 0.5 or --max-loss 0.01"),
         (("--max-loss", 0.1), "--max-loss needs validation images"),
         (("--max-loss", 0.1, "--uniform"), "--uniform goes with --keep"),
+        (("--max-loss", 1, "--data", "stripes=x"), "--max-loss 1: give a share of accuracy from 0"),
         (("--keep", 0.5, "--tune", "stripes"), "write DOMAIN=SOURCE"),
         (("--keep", 0.5, "--data", "cats=photos"), "data was given for domain 'cats'"),
         (("--keep", 0.5, "--share", "left"), "share='left': the shared side is one of"),
@@ -110,3 +111,46 @@ def test_a_bank_in_the_way_and_one_without_adapters_are_refused(run, stored, tmp
     bank.add("probe", ot.attach(net, ot.Head(), ["a", "b"], input_size=(3, 32, 32)))
     refused = run("compress", bank.path, "--keep", 0.5, "--out", tmp_path / "b.bank")
     assert "none of the 1 domains has series, parallel or low-rank adapters" in refused.err
+    assert "'probe': no adapters to factor (head). Train some first" in refused.err
+
+
+def test_a_compressed_bank_is_told_apart(run, stored, photos, tmp_path):
+    out = tmp_path / "half.bank"
+    ran = run("compress", stored, "--keep", 0.5, "--uniform", "--out", out)
+    assert ran.status == 0, ran.err
+    assert "adapters of 3 domains" in ran.out and "50.0 % of the directions at every" in ran.out
+    Bank.open(out).remove("probe")
+    refused = run("compress", out, "--keep", 0.5, "--out", tmp_path / "b.bank")
+    assert "'stripes': it is over a basis already. Train some first" in refused.err
+    refused = run("train", out, "next", "--data", photos, "--plan-of", "stripes")
+    assert "'stripes' is compressed, over a basis that a plan does not bring along" in refused.err
+
+
+def test_adapters_that_hold_nothing_are_said_to(run, stored, tmp_path):
+    bank = Bank.open(stored)
+    for name in ("stripes", "signs", "digits"):
+        model = bank.load(name)
+        for key, parameter in model.named_parameters():
+            if ".adapter." in key:
+                parameter.data.zero_()
+        bank.replace(name, model)
+    ran = run("compress", stored, "--keep", 0.5, "--out", tmp_path / "b.bank")
+    assert ran.status == 0, ran.err
+    assert "fewer than asked for: more directions would hold nothing" in ran.out
+
+
+def test_a_picture_is_never_drawn_over_a_file(run, stored, photos, tmp_path):
+    (tmp_path / "b.v1.png").write_text("mine")
+    words = ("compress", stored, "--keep", 0.5, "--data", f"stripes={photos}")
+    refused = run(*words, "--out", tmp_path / "b.v1")
+    assert refused.status == 1 and "b.v1.png is there already, where the picture" in refused.err
+    assert run(*words, "--out", tmp_path / "b.v2").status == 0
+    assert (tmp_path / "b.v1.png").read_text() == "mine"
+    assert (tmp_path / "b.v2.png").exists()
+
+
+def test_what_cannot_be_written_is_known_before_the_work(run, stored, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    out = tmp_path / "file" / "b.bank"
+    refused = run("compress", stored, "--keep", 0.5, "--out", out)
+    assert refused.status == 1 and "cannot write beside" in refused.err

@@ -47,6 +47,12 @@ def test_a_stopped_pretraining_goes_on_with_resume_only(run, photos, tmp_path, m
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_the_training(run, photos, tmp_path):
+    refused = run(*words(photos, tmp_path / "nowhere" / "trunk.safetensors"))
+    assert refused.status == 1 and "trunk.safetensors: No such file or directory" in refused.err
+    assert "classes" not in refused.out
+
+
 def test_of_several_processes_one_talks(capsys):
     beside = Screen(quiet=True)
     beside.say("epoch 1")

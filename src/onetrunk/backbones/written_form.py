@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import written
 from ..errors import BackboneError, DamagedError, MissingExtraError, SpecError
+from ..files import reason
 from ..tensorfile import is_ours, unpack
 from . import packaged
 from .resnet26 import STEM_CHANNELS, ResNet26, resnet26
@@ -214,7 +215,9 @@ def read_weights(path: Path) -> Stored:
         return Stored(safetensors.torch.load(data), {}, str(path))
     except DamagedError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except OSError as error:
+        raise BackboneError(f"the weights cannot be read: {reason(error)}") from error
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise BackboneError(f"{path}: no readable safetensors file ({error}).") from error
 
 

@@ -486,7 +486,7 @@ class Bank:
         home = self.backbone
         if device is None:
             return home
-        place = _device(device)
+        place = usable_device(device)
         if all(tensor.device == place for tensor in home.state_dict().values()):
             return home
         with self._lock:
@@ -700,7 +700,8 @@ def _take_dtypes(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             own.data = own.data.to(tensors[name].dtype)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device by that name. Raises BankError where this machine or build of torch has none."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:

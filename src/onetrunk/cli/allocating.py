@@ -16,8 +16,8 @@ from ..core.attach import domain_of
 from ..core.cost import cost
 from ..core.plan import Plan, Where
 from ..core.sensitivity import Sensitivity
-from ..errors import BankError, SpecError
-from ..files import read_checked, reason, write_atomically
+from ..errors import AttachError, BankError, SpecError
+from ..files import check_writable, read_checked, reason, write_atomically
 from ..pictures import draw_site_map, need_matplotlib
 from ..training.fit import fit
 from ..training.sensitivity import By, sensitivity
@@ -45,6 +45,9 @@ def run(bank: Bank, request: Request, wish: Wish, screen: Screen) -> dict[str, A
         OnetrunkError: of the room that refuses; the bank is then as it was.
     """
     parse_budget(wish.budget, bank.backbone)  # a budget that cannot be read costs no minutes
+    for file in (wish.out, wish.map):
+        if file is not None:
+            _check_writable(file)
     if wish.map is not None:
         need_matplotlib(f"the map {wish.map}")
     ready = prepare(bank, request, screen)
@@ -97,7 +100,10 @@ def read_plan(path: Path, backbone: nn.Module) -> Plan:
             f'{path} is no plan: write {{"layer or glob": "lowrank(rank=4)", ...}}, or make one '
             "with onetrunk allocate --out."
         )
-    return plan_by_hand(backbone, values)
+    try:
+        return plan_by_hand(backbone, values)
+    except (AttachError, SpecError) as error:
+        raise type(error)(f"the plan {path}: {error}") from error
 
 
 def plan_of(bank: Bank, name: str) -> Plan:
@@ -106,7 +112,13 @@ def plan_of(bank: Bank, name: str) -> Plan:
     Raises:
         BankError: where there is no such domain, or it has no adapters.
     """
-    plan = domain_of(bank.load(name)).plan
+    domain = domain_of(bank.load(name))
+    plan = domain.plan
+    if domain.basis is not None:
+        raise BankError(
+            f"domain {name!r} is compressed, over a basis that a plan does not bring along. Name a "
+            "domain that is not, or take the plan from the bank before it was compressed."
+        )
     if not plan:
         raise BankError(
             f"domain {name!r} has no plan to reuse: it is {bank.domains[name].family}, without "
@@ -134,6 +146,13 @@ def _trained_in_full(bank: Bank, request: Request, ready: Ready, screen: Screen)
         for _ in followed(steps, show):
             pass
     return model
+
+
+def _check_writable(file: Path) -> None:
+    try:
+        check_writable(file.parent)
+    except OSError as error:
+        raise BankError(f"{file} cannot be written: {reason(error)}") from error
 
 
 def _write(allocation: Allocation, path: Path) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from ..errors import BankError, OnetrunkError
 from .benchmarking import benchmark
-from .console import UNTRAINED, Screen, percent, size
+from .console import UNTRAINED, Screen, counted, percent, size
 from .options import (
     AsJson,
     BankPath,
@@ -30,6 +30,7 @@ from .options import (
     Shares,
     SizePx,
     Source,
+    Squash,
     Stages,
 )
 
@@ -129,7 +130,7 @@ def pretrain(
         flip=flip,
         half=half,
         resume=resume,
-        device=device,
+        device=None if device is None else _device(device),
     )
     run(request, screen)
 
@@ -210,9 +211,7 @@ def train(
     seed: Seed = None,
     size_px: SizePx = None,
     flip: Flip = None,
-    squash: Annotated[
-        bool, typer.Option("--squash", help="Ignore the aspect ratio instead of cropping.")
-    ] = False,
+    squash: Squash = False,
     split: Shares = "0.7,0.15,0.15",
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Compare with a linear probe.")
@@ -249,6 +248,11 @@ def train(
 
     if cache_folder is not None and cache is None:
         raise typer.BadParameter("it is for --cache VIEWS", param_hint="--cache-folder")
+    where = _where(stages, convs, layers, pattern)
+    if where is not None and (plan is not None or plan_of is not None):
+        raise typer.BadParameter(
+            "a plan says which layers: leave --stages, --convs, --layers and --pattern out"
+        )
     screen = Screen(as_json)
     opened = _open_for(bank, domain, replace)
     request = Request(
@@ -256,7 +260,7 @@ def train(
         splits=load(data, split_fractions=_fractions(split)),
         source=data,
         family=_family(opened, adapter, plan, plan_of),
-        where=_where(stages, convs, layers, pattern),
+        where=where,
         norms=norms,  # type: ignore[arg-type]
         recipe=_recipe(recipe, epochs, seed),
         size_px=size_px,
@@ -303,6 +307,7 @@ def allocate(
     seed: Seed = None,
     size_px: SizePx = None,
     flip: Flip = None,
+    squash: Squash = False,
     split: Shares = "0.7,0.15,0.15",
     resume: Resume = False,
     replace: Replace = False,
@@ -331,6 +336,7 @@ def allocate(
         recipe=_recipe(recipe, epochs, seed),
         size_px=size_px,
         hflip=flip,
+        squash=squash,
         resume=resume,
         replace=replace,
         device=_device(device),
@@ -421,7 +427,7 @@ def list_domains(bank: BankPath, as_json: AsJson = False) -> None:
     screen = Screen(as_json)
     opened = _open(bank)
     cards = [opened.domains[name] for name in opened.domains]
-    screen.say(f"{bank}: {opened.backbone_form}, {_count(len(cards))}")
+    screen.say(f"{bank}: {opened.backbone_form}, {counted(len(cards), 'domain')}")
     rows = [
         (c.name, str(len(c.classes)), c.family, size(c.size), _accuracy(c.metrics)) for c in cards
     ]
@@ -456,7 +462,7 @@ def show(bank: BankPath, domain: Domain, as_json: AsJson = False) -> None:
     screen.say(f"{domain} in {bank}, on {opened.backbone_form}")
     screen.say(f"  family         {card.family} at {len(record.plan)} sites")
     screen.say(f"  classes        {len(card.classes)}: {', '.join(card.classes)}")
-    screen.say(f"  preprocessing  {record.preprocessing}")
+    screen.say(f"  preprocessing  {_pairs(vars(record.preprocessing or object))}")
     screen.say(f"  metrics        {_pairs(card.metrics)}")
     screen.say(f"  provenance     {_pairs(card.provenance)}")
     screen.say(f"  digest         {card.digest}")
@@ -500,7 +506,9 @@ def verify(bank: BankPath, as_json: AsJson = False) -> None:
         raise BankError(
             f"bank {bank} has {len(found.problems)} problem(s); the first: {found.problems[0]}"
         )
-    screen.say(f"{bank}: {_count(found.n_domains)} whole, backbone {found.fingerprint[:12]}")
+    screen.say(
+        f"{bank}: {counted(found.n_domains, 'domain')} whole, backbone {found.fingerprint[:12]}"
+    )
 
 
 @app.command()
@@ -521,7 +529,7 @@ def remove(
             raise typer.BadParameter("removing cannot be undone: say --yes", param_hint="--yes")
         typer.confirm(f"Remove {domain!r} from {bank} for good?", abort=True)
     opened.remove(domain)
-    screen.say(f"{bank}: {domain} removed, {_count(len(opened.domains))} left")
+    screen.say(f"{bank}: {domain} removed, {counted(len(opened.domains), 'domain')} left")
     screen.finish({"removed": domain, "domains": list(opened.domains)})
 
 
@@ -530,7 +538,10 @@ def compress(
     bank: BankPath,
     out: Annotated[Path, typer.Option(help="The folder of the new bank.")],
     keep: Annotated[
-        float | None, typer.Option(help="Share of the adapters' numbers to keep, e.g. 0.5.")
+        float | None,
+        typer.Option(
+            help="Share of the adapters' numbers to keep, e.g. 0.5; with --uniform of the ranks."
+        ),
     ] = None,
     max_loss: Annotated[
         float | None,
@@ -651,9 +662,10 @@ def _family(
 
 
 def _device(asked: str | None) -> str:
+    from ..bank.bank import usable_device
     from ..training.fit import best_device
 
-    return asked or best_device()
+    return best_device() if asked is None else str(usable_device(asked))
 
 
 def _recipe(text: str, epochs: int | None, seed: int | None) -> "Recipe":
@@ -686,12 +698,9 @@ def _fractions(text: str) -> tuple[float, float, float]:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    shown = (f"{value:.4f}" if isinstance(value, float) else value for value in values.values())
-    return ", ".join(f"{name} {value}" for name, value in zip(values, shown, strict=True))
-
-
-def _count(n: int) -> str:
-    return f"{n} domain" if n == 1 else f"{n} domains"
+    known = {name: value for name, value in values.items() if value is not None}
+    shown = (f"{value:.4f}" if isinstance(value, float) else value for value in known.values())
+    return ", ".join(f"{name} {value}" for name, value in zip(known, shown, strict=True))
 
 
 def _accuracy(metrics: Any) -> str:
@@ -742,5 +751,6 @@ def main() -> None:
 
 def _fail(message: str) -> None:
     line = "; ".join(part.strip() for part in message.splitlines() if part.strip())
+    line = line.replace(":; ", ": ")
     sys.stderr.write(f"error: {line}\n")
     sys.exit(1)

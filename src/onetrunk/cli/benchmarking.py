@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import DataError
-from .console import Screen
+from ..errors import DataError, TrainingError
+from ..files import check_writable, reason
+from .console import Screen, counted
 from .decathlon import decathlon, decathlon_score
 from .options import AsJson
 
@@ -33,7 +34,7 @@ Backbones = Annotated[
     typer.Option("--backbone", metavar="NAME[@WEIGHTS]", help="Again for several."),
 ]
 Methods = Annotated[
-    str, typer.Option(help="With ; between: 'head; full; lowrank(rank=8); parallel@late'.")
+    str | None, typer.Option(help="With ; between: 'head; full; lowrank(rank=8); parallel@late'.")
 ]
 Domains = Annotated[str, typer.Option(help="With commas between; by default all but the base.")]
 Seeds = Annotated[str, typer.Option(help="With commas between.")]
@@ -52,7 +53,7 @@ def mini(
     folder: Folder,
     out: Out = Path("results/mini"),
     backbones: Backbones = None,
-    methods: Methods = "",
+    methods: Methods = None,
     domains: Domains = "",
     seeds: Seeds = "0",
     full: Full = False,
@@ -75,7 +76,7 @@ def transfer(
     out: Out = Path("results/transfer"),
     per_class: Annotated[str, typer.Option(help="Training images a class.")] = "5,10,25,50,100,all",
     backbones: Backbones = None,
-    methods: Methods = "",
+    methods: Methods = None,
     domains: Domains = "",
     seeds: Seeds = "0,1,2",
     full: Full = False,
@@ -103,7 +104,7 @@ def stages(
     folder: Folder,
     out: Out = Path("results/stages"),
     backbones: Backbones = None,
-    methods: Methods = "",
+    methods: Methods = None,
     domains: Domains = "",
     seeds: Seeds = "0",
     full: Full = False,
@@ -168,7 +169,7 @@ def _wish(
     folder: Path,
     out: Path,
     backbones: list[str] | None,
-    methods: str,
+    methods: str | None,
     domains: str,
     seeds: str,
     full: bool,
@@ -176,16 +177,26 @@ def _wish(
 ) -> "Wish":
     from ..benchmark.studies import Wish
 
+    if methods is not None and not _listed(methods, ";"):
+        raise typer.BadParameter("it names no method", param_hint="--methods")
     return Wish(
         data=folder,
         out=out,
         backbones=tuple(backbones or ()),
-        methods=_listed(methods, ";"),
+        methods=_listed(methods or "", ";"),
         domains=_listed(domains, ","),
         seeds=_numbers(seeds, "--seeds"),
         full=full,
         graphed=graphed,
     )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
+    except OSError as error:
+        raise DataError(f"results cannot be written to {folder}: {reason(error)}") from error
 
 
 def _listed(text: str, between: str) -> tuple[str, ...]:
@@ -202,29 +213,42 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def _run(name: str, wish: "Wish", workers: int, report_only: bool, screen: Screen) -> None:
+    from ..benchmark.cells import backbone_of
     from ..benchmark.report import require_extra, write_report
     from ..benchmark.studies import STUDIES, shown
     from ..benchmark.study import known, run
 
     require_extra()
+    if not report_only:
+        _check_writable(wish.out)
     studies = STUDIES[name](wish)
     records, failures = [], []
+    for trunk in dict.fromkeys(trunk for study in studies for trunk, _ in study.trunks):
+        backbone_of(trunk)  # one that cannot be built is refused here, once
     for study in studies:
         if report_only:
             records += known(study)
             continue
-        cells = len(study.cells()) + sum(len(c) for c in study.compressions())
-        screen.say(f"{study.trunks[0][0]}: {cells} cells, {len(study.domains)} domains")
+        n_cells = len(study.cells()) + sum(len(c) for c in study.compressions())
+        n_done = len(known(study))
+        screen.say(
+            f"{study.trunks[0][0]}: {counted(n_cells, 'cell')}"
+            f"{f', {n_done:,} of them done' if n_done else ''}, "
+            f"{counted(len(study.domains), 'domain')}"
+        )
         with screen.bar(name) as show:
             outcome = run(study, workers, show)
         records += outcome.records
         failures += outcome.failures
     for failure in failures:
         screen.warn(f"left out: {failure}")
+    if not records and failures:
+        raise TrainingError(f"no cell could be computed; the first: {failures[0]}")
     if not records:
         raise DataError(f"{wish.out} has no finished cell of this study. Run it first.")
     methods = dict.fromkeys(method for study in studies for method in study.methods)
-    command = shlex.join(["onetrunk", *sys.argv[1:]])
+    words = [word for word in sys.argv[1:] if word != "--report-only"]  # which computes nothing
+    command = shlex.join(["onetrunk", *words])
     files = write_report(records, shown(list(methods)), wish.out, f"onetrunk: {name}", command)
     screen.say((wish.out / "table.md").read_text())
     screen.say(f"report {wish.out / 'report.html'}")

@@ -23,15 +23,17 @@ from ..core.attach import domain_of
 from ..core.compress import Compressed, compress, compress_within, factorable, sweep
 from ..data import Prepared, load
 from ..errors import BankError, CompressError, DataError
-from ..files import DISK, reason
+from ..files import DISK, check_writable, reason
 from ..pictures import draw_accuracy_against_size, need_matplotlib
 from ..training.evaluate import evaluate
 from ..training.examples import preprocessing_of
 from ..training.fit import fit
 from ..training.recipe import Recipe
-from .console import Screen, followed, percent, size
+from .console import Screen, counted, followed, percent, size
 
+LITTLE = 0.9  # of the share that was asked for
 KEEPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)  # budgets of the picture
+COPIED = "copied: "
 N_SEEN = 128  # training images, without their labels, that activations are taken from
 
 
@@ -53,7 +55,7 @@ class Request:
     @property
     def file(self) -> Path:
         """Where the picture goes."""
-        return self.out.with_suffix(".png")
+        return self.out.with_name(f"{self.out.name}.png")
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def run(request: Request, screen: Screen) -> None:
             figures[name].bytes_before = request.bank.domains[name].size
             figures[name].bytes_after = new.domains[name].size
         basis_bytes = new.basis_bytes
-    _show(found, figures, basis_bytes, screen)
+    _show(found, figures, basis_bytes, request, screen)
     if curve:
         stored = found.kept, _on_validation(found, parts, "stored", screen)
         original = _on_validation(models, parts, "as they were", screen)
@@ -150,8 +152,20 @@ def _refuse_contradictions(request: Request) -> None:
             f"{request.out} is there already. Give another folder: a bank is never compressed in "
             "place."
         )
+    if request.picture and request.data and os.path.lexists(request.file):
+        raise BankError(
+            f"{request.file} is there already, where the picture would go. Move it, give another "
+            "--out, or say --no-picture."
+        )
     if request.uniform and request.keep is None:
         raise CompressError("--uniform goes with --keep, the share of the ranks: say --keep 0.5.")
+    if request.keep is not None and not 0 < request.keep <= 1:
+        raise CompressError(f"--keep {request.keep:g}: give a share above 0 and up to 1.")
+    if request.max_loss is not None and not 0 <= request.max_loss < 1:
+        raise CompressError(
+            f"--max-loss {request.max_loss:g}: give a share of accuracy from 0 to below 1, "
+            "e.g. 0.01, a point."
+        )
     if (request.keep is None) == (request.max_loss is None):
         raise CompressError(
             "say how far: either --keep 0.5 or --max-loss 0.01, a point of accuracy a domain."
@@ -161,6 +175,11 @@ def _refuse_contradictions(request: Request) -> None:
             "--max-loss needs validation images: give --data DOMAIN=SOURCE or --tune "
             "DOMAIN=SOURCE for the domains that it is to hold for."
         )
+    try:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(request.out.parent)
+    except OSError as error:
+        raise BankError(f"cannot write beside {request.out}: {reason(error)}") from error
 
 
 def _chosen(bank: Bank) -> tuple[dict[str, nn.Module], dict[str, Figures]]:
@@ -171,9 +190,11 @@ def _chosen(bank: Bank) -> tuple[dict[str, nn.Module], dict[str, Figures]]:
     sites = {name: tuple(sorted(factorable(m).items())) for name, m in loaded.items()}
     counts = Counter(found for found in sites.values() if found)
     if not counts:
+        name, model = next(iter(loaded.items()))
         raise CompressError(
             f"none of the {len(loaded)} domains has series, parallel or low-rank adapters of its "
-            "own that can be factored. Train some first."
+            f"own that can be factored; {name!r}: {_note(model, False).removeprefix(COPIED)}. "
+            "Train some first."
         )
     (most, _), *_ = counts.most_common(1)
     notes = {
@@ -186,10 +207,10 @@ def _chosen(bank: Bank) -> tuple[dict[str, nn.Module], dict[str, Figures]]:
 
 def _note(model: nn.Module, has_adapters: bool) -> str:
     if domain_of(model).basis is not None:
-        return "copied: it is over a basis already"
+        return f"{COPIED}it is over a basis already"
     if has_adapters:
-        return "copied: its adapters sit at other layers than most domains'"
-    return f"copied: no adapters to factor ({domain_of(model).family})"
+        return f"{COPIED}its adapters sit at other layers than most domains'"
+    return f"{COPIED}no adapters to factor ({domain_of(model).family})"
 
 
 def _refuse_unknown(request: Request, models: Mapping[str, nn.Module]) -> None:
@@ -308,7 +329,6 @@ def _on_validation(
 def _beside(out: Path) -> Iterator[Path]:
     """A folder that gets the name `out` when it is filled, and is gone if it never is."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".onetrunk-", dir=out.parent))
     except OSError as error:
         raise BankError(f"cannot write beside {out}: {reason(error)}") from error
@@ -347,12 +367,20 @@ def _add(
 
 
 def _show(
-    found: Compressed, figures: Mapping[str, Figures], basis_bytes: int, screen: Screen
+    found: Compressed,
+    figures: Mapping[str, Figures],
+    basis_bytes: int,
+    request: Request,
+    screen: Screen,
 ) -> None:
     screen.say(
-        f"adapters of {len(found)} domains: {found.numbers_before:,} -> {found.numbers_after:,} "
-        f"numbers ({percent(found.kept)}), their basis counted once"
+        f"adapters of {counted(len(found), 'domain')}: {found.numbers_before:,} -> "
+        f"{found.numbers_after:,} numbers ({percent(found.kept)}), their basis counted once"
     )
+    if request.uniform:
+        screen.say(f"  {percent(request.keep or 0)} of the directions at every layer")
+    elif request.keep is not None and found.kept < LITTLE * request.keep:
+        screen.say("  fewer than asked for: more directions would hold nothing")
     rows = [
         (
             name,
@@ -370,10 +398,13 @@ def _show(
     after = sum(known.bytes_after for known in figures.values()) + basis_bytes
     rows.append(("basis, shared", "", "", "", "", size(basis_bytes), ""))
     rows.append(("all", "", "", "", size(before), size(after), ""))
-    head = ("domain", "before", "compressed", "tuned", "size before", "size after", "")
+    head = ("domain", "before", "compressed", "tuned", "size before", "size after", "remark")
     screen.table(head, rows)
     kept = [site for site, directions in found.directions.items() if directions == (0, 0)]
     if kept:
-        screen.say(f"  {len(kept)} of {len(found.directions)} layers are smaller as they were")
+        screen.say(
+            f"  {len(kept)} of {len(found.directions)} layers stay as they were: factors would be "
+            "larger"
+        )
     for site, why in found.left_out.items():
         screen.say(f"  {site} is kept as it was: {why}")

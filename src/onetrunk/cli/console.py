@@ -144,6 +144,12 @@ def followed(steps: Iterable["Step"], show: Bar) -> Iterator["Step"]:
         yield step
 
 
+def counted(n: int, what: str) -> str:
+    """1 and 2 domains as `1 domain` and `2 domains`."""
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{n:,} {what if n == 1 else plural}"
+
+
 def percent(share: float) -> str:
     """0.1234 as `12.3 %`."""
     return f"{100 * share:.1f} %"

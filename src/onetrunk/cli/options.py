@@ -26,6 +26,9 @@ SizePx = Annotated[int | None, typer.Option("--size", min=8, help="Side of the i
 Flip = Annotated[
     bool | None, typer.Option("--flip/--no-flip", help="Whether mirrored images keep the label.")
 ]
+Squash = Annotated[
+    bool, typer.Option("--squash", help="Ignore the aspect ratio instead of cropping.")
+]
 Stages = Annotated[str, typer.Option(help="Any of early,mid,late.")]
 Layers = Annotated[str, typer.Option(help="all, auto, spatial or pointwise.")]
 Pattern = Annotated[str, typer.Option(help="A glob on layer names.")]

@@ -13,12 +13,13 @@ from ..core.adapters import Family
 from ..core.attach import domain_of
 from ..data import Prepared, Preprocessing, load
 from ..errors import TrainingError
+from ..files import check_writable, reason
 from ..training.distributed import World, join
 from ..training.evaluate import evaluate
 from ..training.fit import fit
 from ..training.pretrain import pretraining, write_trunk
 from ..training.recipe import Recipe
-from .console import Screen, followed, percent, size
+from .console import Screen, counted, followed, percent, size
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ def _make_way(request: Request, checkpoint: Path, screen: Screen) -> None:
         raise TrainingError(
             f"{checkpoint} is a pretraining that was stopped. Go on with --resume, or remove it."
         )
+    try:
+        check_writable(request.out.parent)
+    except OSError as error:
+        raise TrainingError(f"cannot write {request.out}: {reason(error)}") from error
     if request.resume and not checkpoint.exists():
         screen.say("nothing to resume: starting from the beginning")
 
@@ -87,7 +92,8 @@ def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) 
     screen.say(
         f"{request.backbone}, {domain_of(model).family}: {len(splits.classes)} classes, "
         f"{len(data['train'])} images of {preprocessing.size_px} px, "
-        f"{request.recipe.n_epochs(len(data['train']))} epochs, {world.size} process(es)"
+        f"{counted(request.recipe.n_epochs(len(data['train'])), 'epoch')}, "
+        f"{counted(world.size, 'process')}"
     )
     _train(model, data, request, checkpoint, screen)
     accuracies = {

@@ -139,8 +139,9 @@ def train_ready(
     _fit(bank, model, data, request, screen)
     if all(torch.equal(tensor.cpu(), came[name]) for name, tensor in delta(model).items()):
         screen.warn(
-            "no epoch did better on validation images than the state that training started from, "
-            "which is kept: lower the learning rate (--recipe)"
+            f"{request.domain}: no epoch did better on validation images than the state that "
+            "training started from, which is kept. Where that is not all right already, lower the "
+            "learning rate (--recipe)."
         )
     result = evaluate(model, data[scored_on])
     trained = Trained(

@@ -8,6 +8,7 @@ where other sites need the numbers more. Milliseconds, once the sensitivity is m
 A budget counts the adapters alone: norms and classifier are the domain's under any plan.
 """
 
+import difflib
 import fnmatch
 import math
 import re
@@ -17,7 +18,6 @@ from typing import Any
 
 from torch import nn
 
-from .. import written
 from ..errors import AttachError, OnetrunkError, SpecError
 from ..tensorfile import fingerprint_of
 from .adapters import Family, LowRank, Parallel, read_family
@@ -269,8 +269,13 @@ def plan_by_hand(
 
 
 def _unknown_layer(pattern: str, sites: Iterable[Site]) -> AttachError:
-    names = tuple(site.name for site in sites)
-    return AttachError(str(written.unknown("layer", pattern, names)))
+    names = [site.name for site in sites]
+    close = difflib.get_close_matches(pattern, names, n=1)
+    guess = f" Did you mean {close[0]!r}?" if close else ""
+    return AttachError(
+        f"unknown layer {pattern!r}: none of the {len(names)} that can be adapted has that name or "
+        f"fits that glob; the first are {', '.join(names[:4])}.{guess}"
+    )
 
 
 def _refuse_other(what: str, fingerprint: str, backbone: nn.Module) -> None:

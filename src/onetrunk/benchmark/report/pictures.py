@@ -167,7 +167,8 @@ def transfer_curves(rows: Sequence[Row], looks: Mapping[str, Look]) -> bytes:
     found, means = curves(rows), mean_curves(rows)
     with _small_multiples(1 + len(domains), 2.35, 2.1, columns=SMALL_COLUMNS) as (canvas, panels):
         for place, name in enumerate(drawn):
-            shift = 0.22 * (place / max(len(drawn) - 1, 1) - 0.5)  # bars side by side, not on top
+            middle = (len(drawn) - 1) / 2  # bars side by side, not on top of another
+            shift = 0.22 * (place - middle) / max(len(drawn) - 1, 1)
             points = {level: means.get((name, level)) for level in places}
             _curve(
                 panels[0], looks[name], shift, places,
