@@ -149,7 +149,7 @@ def test_a_file_that_is_missing_or_no_safetensors_is_refused(tmp_path: Path) -> 
     (tmp_path / "w.safetensors").write_bytes(b"not a header")
     for path in (tmp_path / "w.safetensors", tmp_path / "absent.safetensors", tmp_path):
         with pytest.raises(
-            BackboneError, match="no readable safetensors file|the weights cannot be read: "
+            BackboneError, match=r"no readable safetensors file|the weights cannot be read: "
         ):
             backbone("resnet26(width=0.25)", weights=path)
 
