@@ -446,24 +446,16 @@ def rows_astray(network: nn.Module, layers: set[str], size: Size | None = None) 
     return set(layers)
 
 
-@torch.no_grad()
 def _nan_in_first_half(network: nn.Module, layers: set[str], size: Size, device: str) -> set[str]:
-    copied, found = on_device(network, device), set[str]()
+    found = set[str]()
 
-    def note(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(_module: nn.Module, args: Any) -> None:
-            first_half = args[0][: len(args[0]) // 2]
-            if first_half.isnan().any():
-                found.add(name)
+    def look(name: str, x: Tensor) -> None:
+        if x[: len(x) // 2].isnan().any():
+            found.add(name)
 
-        return hook
-
-    for name, module in copied.named_modules():
-        if name in layers:
-            module.register_forward_pre_hook(note(name))
     images_bchw = example(network, size, device, n_images=2)
     images_bchw[1] = torch.nan
-    copied(images_bchw)
+    _watch(network, layers, device, images_bchw, look)
     return found
 
 
@@ -472,17 +464,33 @@ def _follows(two: set[int], three: set[int]) -> bool:
     return len(two) == len(three) == 1 and 3 * min(two) == 2 * min(three)
 
 
-@torch.no_grad()
 def _n_rows(
     network: nn.Module, layers: set[str], size: Size, device: str, n_images: int
 ) -> dict[str, set[int]]:
-    copied, found = on_device(network, device), dict[str, set[int]]()
+    found: dict[str, set[int]] = {}
+
+    def look(name: str, x: Tensor) -> None:
+        found.setdefault(name, set()).add(len(x))
+
+    _watch(network, layers, device, example(network, size, device, n_images), look)
+    return found
+
+
+@torch.no_grad()
+def _watch(
+    network: nn.Module,
+    layers: set[str],
+    device: str,
+    images_bchw: Tensor,
+    look: Callable[[str, Tensor], None],
+) -> None:
+    """Runs a copy; `look` gets the name of each of `layers` with what goes in at every call."""
+    copied = on_device(network, device)
 
     def note(name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda _module, args: found.setdefault(name, set()).add(len(args[0]))
+        return lambda _module, args: look(name, args[0])
 
     for name, module in copied.named_modules():
         if name in layers:
             module.register_forward_pre_hook(note(name))
-    copied(example(network, size, device, n_images))
-    return found
+    copied(images_bchw)
