@@ -21,24 +21,27 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("backbone", help="a part of its name")
+    parser.add_argument("backbone", help="a part of its name; with @ to mean weights of a file")
     parser.add_argument("method")
     parser.add_argument("other")
+    parser.add_argument("--other-backbone", help="the other method's, where it is another one")
     parser.add_argument("--per-class", type=int, help="of transfer: images a class, 0: all")
     parser.add_argument("--of", default="mini", choices=["mini", "full"], help="whose cells")
     arguments = parser.parse_args()
     records = [r for r in Ledger(RESULTS / arguments.of).read().values() if r["kind"] == "cell"]
-    rows = [r for r in read_rows(records) if arguments.backbone in r.backbone]
     n_images = arguments.per_class
-    rows = [r for r in rows if (r.study == "transfer") == (n_images is not None)]
-    rows = [r for r in rows if r.per_class == (n_images or None)]
-    of = {m: [r for r in rows if r.method == m] for m in {r.method for r in rows}}
-    mine, theirs = of[arguments.method], of[arguments.other]
+    every = [r for r in read_rows(records) if (r.study == "transfer") == (n_images is not None)]
+    every = [r for r in every if r.per_class == (n_images or None)]
+    of = by_method(every, arguments.backbone)
+    other = by_method(every, arguments.other_backbone or arguments.backbone)
+    mine, theirs = of[arguments.method], other[arguments.other]
     tell("all seeds", mine, theirs)
     for seed in sorted({row.seed for row in mine}):
         tell(f"seed {seed}", [row for row in mine if row.seed == seed], theirs)
-        points = score([row for row in mine if row.seed == seed], of[REFERENCE])
-        print(f"  S {points.total:.0f} of {points.reference:.0f}")
+        for rows in (mine, theirs):
+            points = score([row for row in rows if row.seed == seed], of[REFERENCE])
+            if points is not None:
+                print(f"  S {points.total:.0f} of {points.reference:.0f}")
     print("learning rates of seed 0:", Counter(f"{r.lr:g}" for r in mine if not r.seed and r.lr))
     gains = domain_means(common(of[REFERENCE], of.get("head", [])))  # fine-tuning over the probe
     mean = domain_means(common(mine, theirs))
@@ -48,6 +51,19 @@ def main() -> None:
     if len(both) > 1:
         correlation = np.corrcoef([mean[d] for d in both], [gains[d] for d in both])[0, 1]
         print(f"correlation with fine-tuning's gain over the probe: {correlation:+.2f}")
+
+
+def by_method(rows: list, backbone: str) -> dict[str, list]:
+    of: dict[str, list] = {}
+    for row in rows:
+        if is_backbone(backbone, row.backbone):
+            of.setdefault(row.method, []).append(row)
+    return of
+
+
+def is_backbone(asked: str, name: str) -> bool:
+    """Whether a part of `name` means it: with the weights of a file where there is an @ only."""
+    return asked in name and ("@" in asked) == ("@" in name)
 
 
 def tell(what: str, mine: list, theirs: list) -> None:
