@@ -79,3 +79,25 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyP
         MissingExtraError, match=r'are not installed: pip install "onetrunk\[quickstart\]"'
     ):
         packaged.efficientnet_lite0_tensors()
+
+
+@needs_package
+def test_other_channels_and_no_classes_keep_the_packaged_body() -> None:
+    whole = backbone("timm:tf_efficientnet_lite0")
+    grey = backbone("timm:tf_efficientnet_lite0.in1k(in_chans=1)")
+    bare = backbone("timm:tf_efficientnet_lite0(num_classes=0)")
+    assert torch.equal(grey.conv_stem.weight, whole.conv_stem.weight.sum(1, keepdim=True))
+    assert torch.equal(bare.conv_head.weight, whole.conv_head.weight)
+    assert torch.equal(grey.conv_head.weight, whole.conv_head.weight)
+
+
+def test_another_network_of_nearly_that_name_does_not_get_its_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "timm.create_model",
+        lambda name, **options: asked.append((name, options)) or torch.nn.ReLU(),
+    )
+    backbone("timm:efficientnet_lite0.ra_in1k")
+    assert asked == [("efficientnet_lite0.ra_in1k", {"pretrained": True})]

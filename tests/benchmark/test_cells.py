@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import onetrunk.benchmark.cells as cells_module
+from onetrunk.bank.bank import Bank
 from onetrunk.bank.names import is_name
 from onetrunk.benchmark import protocol
 from onetrunk.benchmark.cells import Cell, Trunk, bank_name, run_cell, subset
@@ -290,3 +291,39 @@ def test_folders_that_hold_no_domains_are_refused(domains, tmp_path):
         domains_in(tmp_path)
     with pytest.raises(DataError, match="is no folder"):
         domains_in(tmp_path / "none")
+
+
+def test_a_backbone_counts_without_its_own_classifier():
+    backbone = cells_module.backbone_of(TRUNK)
+    whole = sum(t.numel() for t in backbone.state_dict().values())
+    own = backbone.fc.weight.numel() + backbone.fc.bias.numel()
+    assert cells_module.shared_numbers(backbone, ("fc",)) == whole - own
+
+
+def test_a_compression_is_of_the_cells_own_networks(make_study, monkeypatch):
+    study = make_study("parallel", "compress(of='parallel', keep=0.5)")
+    run(study)
+    again = []
+    real = cells_module.train_again
+    monkeypatch.setattr(
+        "onetrunk.benchmark.compressed.train_again", lambda *a: again.append(a[0]) or real(*a)
+    )
+    (bank,) = (path for path in (study.work / "banks").iterdir() if path.is_dir())
+    opened = Bank.open(bank)
+    model = opened.load("stripes")
+    opened.replace("stripes", model)  # of other images, say: the cell that it is of is not known
+    for file in study.work.glob("*.jsonl"):
+        kept = [line for line in file.read_text().splitlines() if "compress" not in line]
+        file.write_text("\n".join(kept) + "\n")
+    assert not run(study).failures
+    assert [cell.domain for cell in again] == ["stripes"]
+
+
+def test_what_is_not_ours_fails_one_cell_and_not_the_study(make_study, monkeypatch):
+    def broken(*_args):
+        raise ZeroDivisionError("out of luck")
+
+    monkeypatch.setattr("onetrunk.benchmark.study.run_cell", broken)
+    outcome = run(make_study("head"))
+    assert len(outcome.failures) == 2
+    assert "head stripes: ZeroDivisionError: out of luck" in " ".join(outcome.failures)

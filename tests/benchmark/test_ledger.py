@@ -33,6 +33,12 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_the_next_record_takes_its_plac
     assert [json.loads(line)["key"] for line in ledger.path.read_text().splitlines()] == ["a", "c"]
 
 
+def test_a_record_whose_line_an_editor_left_open_stays(tmp_path):
+    (tmp_path / "cells.jsonl").write_text('{"key": "a"}\n{"key": "b"}')
+    Ledger(tmp_path).append({"key": "c"})
+    assert list(Ledger(tmp_path).read()) == ["a", "b", "c"]
+
+
 def test_a_line_that_is_no_record_is_named(tmp_path):
     (tmp_path / "cells.jsonl").write_text('{"key": "a"}\n[1]\n{"key": "b"}\n')
     with pytest.raises(TrainingError, match=r"cells.jsonl, line 2 is no record.*Remove that line"):

@@ -1,5 +1,6 @@
 """The rival: PEFT's own LoRA at our layers, at about our numbers, trained by our loop."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -75,3 +76,14 @@ def test_without_peft_the_way_out_is_said(setting, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r"lora\(...\) needs PEFT.*onetrunk\[rivals\]"):
         made(setting, "lora(like='parallel')")
+
+
+def test_its_start_is_drawn_from_the_cells_seed_alone(setting):
+    before = torch.get_rng_state()
+    first = made(setting, "lora(like='parallel')").state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    again = made(setting, "lora(like='parallel')").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    other = made(dataclasses.replace(setting, seed=1), "lora(like='parallel')").state_dict()
+    assert any(not torch.equal(other[n], t) for n, t in first.items() if ".lora_A." in n)

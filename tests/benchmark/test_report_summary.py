@@ -8,6 +8,7 @@ import pytest
 from onetrunk.benchmark.report import MethodLabel, read_rows
 from onetrunk.benchmark.report.summary import (
     by_domain,
+    interval,
     over_domains,
     paired,
     parameters,
@@ -130,6 +131,12 @@ def test_without_a_common_cell_nothing_is_compared(row):
     theirs = read_rows([row("full", "signs", 1), row("full", "faces", 0)])
     assert paired(mine, theirs) is None
     assert score(mine, theirs) is None
+
+
+def test_equal_differences_have_no_interval():
+    assert interval([0.01, 0.01]) is None and interval([0.01]) is None
+    low, high = interval([0.01, 0.02])
+    assert low < 0.015 < high
 
 
 def test_one_seed_of_one_domain_has_no_spread_and_no_interval(row):

@@ -74,6 +74,16 @@ def test_a_method_that_lacks_cells_takes_no_part_and_is_named(rows):
     )
 
 
+def test_methods_with_as_many_but_other_cells_are_not_compared(rows):
+    lucky = [
+        row | {"test_accuracy": 0.99} if row["method"] == "norm" else row
+        for row in rows
+        if row["method"] == "full" or row["domain"] == {"norm": "signs"}.get(row["method"], "faces")
+    ]
+    (names,) = {(c.winner, c.rival, c.incomplete) for c in contests(read_rows(lucky))[:1]}
+    assert names == ("parallel", "full", ("norm",))
+
+
 def test_where_fine_tuning_was_not_run_nothing_is_said(rows):
     assert sentence(read_rows(r for r in rows if r["method"] != "full"), METHODS) is None
     only = read_rows(r for r in rows if r["method"] != "full" or r["per_class"] == 5)

@@ -190,3 +190,10 @@ def test_few_views_are_evenly_spread_and_at_most_so_many(n: int, values: list[in
     views_bchw = Prepared(greys(*range(7)), plain).few_views(n)
     assert views_bchw.shape == (len(values), 3, 8, 8)
     assert (255 * views_bchw[:, 0, 0, 0]).round().int().tolist() == values
+
+
+@pytest.mark.parametrize("labels", [[[1, 0], [0, 1]], [0.9, 1.9], [True, False]])
+def test_labels_are_one_whole_number_an_image(labels: list[object]) -> None:
+    arrays = [np.zeros((8, 8), np.uint8)] * 2
+    with pytest.raises(DataError, match=r"labels of shape .* give whole numbers \(n,\), one for"):
+        Images.from_arrays(arrays, labels, ["a", "b"])  # type: ignore[arg-type]

@@ -140,8 +140,27 @@ def test_a_class_missing_from_a_split_is_named(class_tree: Tree) -> None:
 
 def test_two_validation_folders_are_refused(class_tree: Tree) -> None:
     root = class_tree({"train/cat": 1, "val/cat": 1, "valid/cat": 1})
-    with pytest.raises(DataError, match="has both 'val' and 'valid': which one is the validation"):
+    with pytest.raises(DataError, match="has both 'val' and 'valid': which one is the val split"):
         load(root)
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "TEST"), ("training", "testing")])
+def test_other_spellings_of_splits_are_splits(train: str, test: str, class_tree: Tree) -> None:
+    splits = load(
+        class_tree({f"{train}/cat": 2, f"{train}/dog": 1, f"{test}/cat": 1, f"{test}/dog": 1})
+    )
+    assert splits.classes == ("cat", "dog") and splits.test is not None
+    assert (len(splits.train), len(splits.test)) == (3, 2)
+
+
+def test_folders_beside_the_splits_are_named(class_tree: Tree) -> None:
+    splits = load(class_tree({"train/cat": 1, "train/dog": 1, "extra/cat": 1}))
+    assert splits.skipped == ("extra",)
+
+
+def test_a_class_called_train_is_told_to_be_a_split(class_tree: Tree) -> None:
+    with pytest.raises(DataError, match="A folder 'train' is a split, not a class"):
+        load(class_tree({"train": 2, "bus": 2}))
 
 
 def test_splits_without_train_are_refused(class_tree: Tree) -> None:

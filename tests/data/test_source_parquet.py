@@ -79,6 +79,39 @@ def test_shards_as_the_hub_stores_them(folder: str, write: Callable[..., Path]) 
     assert splits.val is None and splits.test is not None
 
 
+def test_missing_and_foreign_shards_are_refused(write: Callable[..., Path]) -> None:
+    root = write("train-00000-of-00002", [0])
+    with pytest.raises(DataError, match=r"has the shards train-00000-of-00002.parquet, which are "):
+        load(root)
+    write("train-00001-of-00002", [1])
+    assert len(load(root).train) == 2
+    write("train-00000-of-00001-abc", [1])
+    with pytest.raises(DataError, match=r"not all of one data set. Download it again"):
+        load(root)
+
+
+def test_shards_must_agree_on_classes(write: Callable[..., Path]) -> None:
+    write("train-00000-of-00002", [0])
+    turned = {"label": {"_type": "ClassLabel", "names": ["dog", "cat"]}}
+    root = write("train-00001-of-00002", [0], features=turned)
+    with pytest.raises(DataError, match=r"train-00001-of-00002.parquet name different classes"):
+        load(root)
+
+
+def test_of_several_label_columns_the_usual_name_counts(write: Callable[..., Path]) -> None:
+    camera = {"_type": "ClassLabel", "names": ["left", "right"]}
+    root = write("train", [0, 1], features={"camera": camera, **FEATURES})
+    table = pq.read_table(root / "train.parquet")
+    pq.write_table(table.append_column("camera", pa.array([1, 1])), root / "train.parquet")
+    assert load(root).classes == ("cat", "dog")
+    odd = {"camera": camera, "kind": FEATURES["label"], "image": FEATURES["image"]}
+    metadata = {"huggingface": json.dumps({"info": {"features": odd}})}
+    table = table.rename_columns(["image", "kind"]).append_column("camera", pa.array([1, 1]))
+    pq.write_table(table.replace_schema_metadata(metadata), root / "train.parquet")
+    with pytest.raises(DataError, match="ClassLabel columns camera, kind: which one is meant"):
+        load(root)
+
+
 def test_info_json_adds_what_the_files_do_not_say(write: Callable[..., Path]) -> None:
     info = {"name": "pets", "description": "two animals", "classes": ["x", "y"], "flip_ok": False}
     splits = load(write("train", [0, 1], info=info))

@@ -254,3 +254,13 @@ def test_weights_beyond_one_onnx_file_are_refused() -> None:
     network.weight = nn.Parameter(torch.empty(LIMIT_BYTES // 4 + 1, device="meta"))
     with pytest.raises(ExportError, match=r"2\.0 GB of weights do not fit one ONNX file"):
         writer(network, (), (), "logits", {}, Path("x.onnx"))
+
+
+@pytest.mark.parametrize("file_format", ["pt2", "onnx"])
+def test_one_image_is_enough_for_the_check(
+    make: Callable[..., nn.Module], file_format: str, tmp_path: Path
+) -> None:
+    found = export(make(), tmp_path / f"one.{file_format}", images=images(1))
+    assert found.difference <= found.limit
+    together = export_together({"a": make(), "b": make()}, tmp_path / "both.onnx", images(1))
+    assert together.difference <= together.limit

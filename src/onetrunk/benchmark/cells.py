@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,13 +156,20 @@ def figures(cell: Cell, model: nn.Module, setting: Setting) -> dict[str, Any]:
         "val_accuracy": evaluate(model, setting.val).accuracy,
         "test_accuracy": evaluate(model, _data(cell, "test", setting.preprocessing)).accuracy,
         **numbers,
-        "backbone_numbers": sum(t.numel() for t in setting.backbone.state_dict().values()),
+        "backbone_numbers": shared_numbers(setting.backbone, domain_of(model).head),
         "site_change": None if rival else change(model),
         "machine": f"{platform.system()} {platform.machine()}, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
+
+
+def shared_numbers(backbone: nn.Module, head: Iterable[str]) -> int:
+    """The backbone's numbers without its own classifier, which no domain has a use for."""
+    heads = tuple(f"{name}." for name in head)
+    tensors = backbone.state_dict().items()
+    return sum(t.numel() for name, t in tensors if not name.startswith(heads))
 
 
 def numbers_of(model: nn.Module) -> dict[str, Any]:
@@ -313,7 +321,8 @@ def store(
     with FileLock(f"{path}.lock"):
         bank = Bank.open(path, backbone) if path.exists() else Bank.create(path, backbone)
         put = bank.replace if bank_name(name) in bank.domains else bank.add
-        put(bank_name(name), model, metrics={"test_accuracy": record["test_accuracy"]})
+        metrics = {"test_accuracy": record["test_accuracy"]}
+        put(bank_name(name), model, metrics=metrics, provenance={"cell": record["key"]})
 
 
 def bank_name(domain: str) -> str:

@@ -77,7 +77,7 @@ def _trained(
                 f"{cells[0].method} needs domains trained with {method.of}, and "
                 f"{source.domain!r} is not. Add {method.of!r} to --methods."
             )
-        if not path.exists() or bank_name(source.domain) not in Bank.open(path).domains:
+        if not _holds(path, source):
             train_again(source, ledger, work)
     bank = Bank.open(path, backbone)
     tunings = {}
@@ -87,6 +87,14 @@ def _trained(
             record["factor"], record["decay"], record["norm_statistics"]
         )
     return tunings, {cell.domain: bank.load(bank_name(cell.domain)) for cell in cells}
+
+
+def _holds(path: Path, source: Cell) -> bool:
+    """Whether the bank has this very cell's network: other images may have had that name."""
+    if not path.exists():
+        return False
+    card = Bank.open(path).domains.get(bank_name(source.domain))
+    return card is not None and card.provenance.get("cell") == source.key
 
 
 def _compressed(

@@ -54,25 +54,31 @@ class Ledger:
         line = json.dumps(record, allow_nan=False)
         with FileLock(f"{self.path}.lock"), self.path.open("a+b") as file:
             file.seek(0)
-            whole = file.read().rpartition(b"\n")
-            file.truncate(len(whole[0]) + len(whole[1]))  # a line that a kill cut off goes
+            *_, last = file.read().split(b"\n")
+            if last and _is_record(last):  # an editor left the end of the line out
+                file.write(b"\n")
+            elif last:  # a kill cut it off
+                file.truncate(file.tell() - len(last))
             file.write(line.encode() + b"\n")
+
+
+def _is_record(line: bytes | str) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "key" in record
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines()
     records = []
     for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or "key" not in record:
-                raise ValueError("no record")
-        except ValueError:
-            if number == len(lines):
-                continue  # cut off by a kill: its cell is computed again
+        if _is_record(line):
+            records.append(json.loads(line))
+        elif number < len(lines):  # the last one may be cut off by a kill
             raise TrainingError(
                 f"{path}, line {number} is no record of a study. Remove that line; "
                 "its cell is computed again."
-            ) from None
-        records.append(record)
+            )
     return records

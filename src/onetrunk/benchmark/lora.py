@@ -15,6 +15,7 @@ from ..core.adapters import Norm
 from ..core.attach import Adapted, domain_of
 from ..core.tree import is_norm
 from ..errors import MissingExtraError
+from ..training.randomness import own_draws, reseed
 from .setting import Setting
 
 
@@ -41,8 +42,9 @@ def peft_lora(setting: Setting, twin: nn.Module, *, train_norms: bool) -> nn.Mod
         r=1, lora_alpha=1, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks
     )  # alpha = r: a scale of 1, as ours
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    with warnings.catch_warnings():
+    with own_draws(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's, about its own imports
+        reseed(setting.seed)  # of its inner factors
         inject_adapter_in_model(config, model)
     norms = {id(p) for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)}
     for parameter in trained.values():

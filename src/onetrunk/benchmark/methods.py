@@ -27,7 +27,7 @@ from torch import nn
 
 from .. import written
 from ..backbones.written_form import build_empty, written_form
-from ..core.adapters import FAMILIES, Family, Full, read_family
+from ..core.adapters import FAMILIES, Family, Full, Norm, read_family
 from ..core.adapters.shared import Share
 from ..core.plan import Layers, Where
 from ..errors import AttachError, SpecError
@@ -210,15 +210,24 @@ def read_method(text: str) -> Method:
     return method
 
 
+def _adapts(form: object, kinds: Any) -> bool:
+    """Whether `form` writes a method of these kinds that puts adapters at layers."""
+    found = read_method(form) if isinstance(form, str) else None
+    if isinstance(found, Placed):
+        return found.family.scope == "adapters" and not isinstance(found.family, Norm)
+    return isinstance(found, kinds)
+
+
 def _check(method: Method, text: str) -> None:
-    if isinstance(method, Lora) and not isinstance(read_method(method.like), Placed):
+    if isinstance(method, Lora) and not _adapts(method.like, Placed):
         raise SpecError(f"method {text!r}: `like` names an adapter family, e.g. 'parallel'.")
     if isinstance(method, Compressed):
-        source = read_method(method.of)
-        if isinstance(source, Compressed | Scratch | Lora):
+        if not _adapts(method.of, Placed | Allocate | Uniform):
             raise SpecError(f"method {text!r}: `of` names a method with adapters.")
-        if not 0 < method.keep <= 1:
+        if not isinstance(method.keep, int | float) or not 0 < method.keep <= 1:
             raise SpecError(f"method {text!r}: keep is a share above 0, at most 1.")
+        if method.share not in get_args(Share):
+            raise SpecError(f"method {text!r}: `share` is one of {', '.join(get_args(Share))}.")
     if isinstance(method, Allocate):
         if method.by not in get_args(By):
             raise SpecError(f"method {text!r}: `by` is one of {', '.join(get_args(By))}.")

@@ -69,6 +69,9 @@ class Study:
         return Cell(self.name, trunk, str(self.data), domain, method, seed, protocol, self.graphed)
 
 
+MAX_WORDS = 400  # of an error that is not ours
+
+
 @dataclass
 class Outcome:
     """What a run of a study left: records of its cells, and what could not be computed."""
@@ -164,6 +167,8 @@ def _attempt(
         records = work(cells, ledger, folder)
     except OnetrunkError as error:
         return [], f"{what}: {error}", what
+    except Exception as error:  # a rival's, or out of memory: the other cells go on
+        return [], f"{what}: {type(error).__name__}: {error}"[:MAX_WORDS], what
     accuracy = sum(record["test_accuracy"] for record in records) / len(records)
     return records, "", f"{what}: {accuracy:.3f}"
 

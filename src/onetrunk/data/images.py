@@ -236,7 +236,14 @@ def _checked_labels(
     names: tuple[str, ...],
     classes: tuple[str, ...],
 ) -> Tensor:
-    labels_n = torch.as_tensor(labels, dtype=torch.int64).cpu().clone()
+    given = torch.as_tensor(labels)
+    whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    if given.ndim != 1 or (len(given) and not whole):
+        raise DataError(
+            f"labels of shape {tuple(given.shape)} and type {given.dtype}: give whole numbers "
+            "(n,), one for each image, places in `classes`."
+        )
+    labels_n = given.to(dtype=torch.int64, device="cpu", copy=True)
     if not (len(labels_n) == len(names) == n_sources):
         raise DataError(
             f"{n_sources} images came with {len(labels_n)} labels and {len(names)} names; "

@@ -21,10 +21,13 @@ ENDINGS = frozenset(
 )
 _SPLIT_FOLDERS = {
     "train": "train",
+    "training": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "dev": "val",
     "test": "test",
+    "testing": "test",
 }
 
 
@@ -42,6 +45,8 @@ def load_folder(root: Path, options: Options) -> Splits:
             f"folder {str(root)!r} has {sorted(path.name for path in folders.values())} but no "
             "'train'. Add it, or put the class folders directly below."
         )
+    beside = (entry for entry in _visible(root) if entry not in folders.values())
+    skipped += [str(entry.relative_to(root)) for entry in beside]
     trees = {part: _class_files(path, root, skipped) for part, path in folders.items()}
     classes = sorted(set().union(*trees.values()))
     images_by_split = {part: _images(root, tree, classes) for part, tree in trees.items()}
@@ -59,13 +64,13 @@ def load_folder(root: Path, options: Options) -> Splits:
 def _split_folders(root: Path) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for entry in _visible(root):
-        part = _SPLIT_FOLDERS.get(entry.name)
+        part = _SPLIT_FOLDERS.get(entry.name.casefold())
         if part is None or not entry.is_dir():
             continue
         if part in folders:
             raise DataError(
                 f"folder {str(root)!r} has both {folders[part].name!r} and {entry.name!r}: "
-                "which one is the validation split? Keep one."
+                f"which one is the {part} split? Keep one."
             )
         folders[part] = entry
     return folders
@@ -98,6 +103,7 @@ def _class_files(folder: Path, root: Path, skipped: list[str]) -> dict[str, list
         raise DataError(
             f"folder {str(folder)!r} has no class folders ({loose} images lie directly in it). "
             "Make one folder for each class and put the class's images into it."
+            + (f" A folder {folder.name!r} is a split, not a class." if folder != root else "")
         )
     return files
 

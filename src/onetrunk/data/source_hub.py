@@ -166,6 +166,9 @@ def _images(dataset: Any, name: str, classes: tuple[str, ...], roots: tuple[Path
 
     image_column = _column(dataset, datasets.Image, ("image", "img"), name)
     labels = dataset[_label_column(dataset, name)][:]
+    odd = next((k for k, label in enumerate(labels) if not isinstance(label, int | str)), None)
+    if odd is not None:
+        raise DataError(f"{name}[{odd}] has the label {labels[odd]!r}: every image needs a class.")
     unknown = [label for label in labels if isinstance(label, str) and label not in classes]
     if unknown:
         raise DataError(f"{name} has label {unknown[0]!r}, a class that train does not have.")

@@ -11,6 +11,7 @@ they are the label strings. A `path` is only ever a name: it is never opened.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,21 @@ def _files(root: Path, stem: str) -> list[Path]:
     if whole.exists():
         return [whole]
     pattern = f"{stem}-*-of-*.parquet"
-    return sorted(root.glob(pattern)) or sorted((root / "data").glob(pattern))
+    shards = sorted(root.glob(pattern)) or sorted((root / "data").glob(pattern))
+    _refuse_missing(shards)
+    return shards
+
+
+def _refuse_missing(shards: list[Path]) -> None:
+    """Of `-00000-of-00003` all three must be there, and none of another number."""
+    names = [re.search(r"-(\d+)-of-(\d+)", path.stem) for path in shards]
+    numbers = sorted((int(name[1]), int(name[2])) for name in names if name)
+    if shards and numbers != [(k, len(shards)) for k in range(len(shards))]:
+        raise DataError(
+            f"folder {str(shards[0].parent)!r} has the shards "
+            f"{', '.join(path.name for path in shards[:4])}{' ...' if shards[4:] else ''}, which "
+            "are not all of one data set. Download it again, or remove those of another one."
+        )
 
 
 def _one(root: Path, stems: tuple[str, ...]) -> list[Path]:
@@ -125,6 +140,12 @@ def _one(root: Path, stems: tuple[str, ...]) -> list[Path]:
 
 
 def _joined(tables: list[_Table]) -> _Table:
+    if len({table.classes for table in tables}) > 1:
+        names = [name.partition("[")[0] for table in tables for name in table.names[:1]]
+        raise DataError(
+            f"the shards {', '.join(names[:4])} name different classes, so their labels do not "
+            "mean the same. Write them again from one data set."
+        )
     return _Table(
         encoded=[encoded for table in tables for encoded in table.encoded],
         names=[name for table in tables for name in table.names],
@@ -178,7 +199,13 @@ def _column(
         for name, feature in features.items()
         if isinstance(feature, dict) and feature.get("_type") == kind and name in table.column_names
     ]
-    candidates = declared or [name for name in usual if name in table.column_names]
+    named = [name for name in usual if name in (declared or table.column_names)]
+    if len(declared) > 1 and not named:
+        raise DataError(
+            f"file {str(path)!r} has the {kind} columns {', '.join(declared)}: which one is meant? "
+            f"Call it {usual[0]!r}."
+        )
+    candidates = named or declared
     if not candidates:
         raise DataError(
             f"file {str(path)!r} has columns {table.column_names}; expected {usual[0]!r} "

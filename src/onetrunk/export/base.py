@@ -150,4 +150,9 @@ def for_export(
 ) -> tuple[nn.Module, Tensor]:
     """The merged network and example images on the CPU in plain layout, as exporters expect."""
     plain = merged.cpu().to(memory_format=torch.contiguous_format)
-    return plain, images_bchw[:2].cpu().contiguous()
+    return plain, two_of(images_bchw).cpu().contiguous()
+
+
+def two_of(images_bchw: Tensor) -> Tensor:
+    """Two images, the first twice where there is one: a graph of one would fix the number."""
+    return images_bchw[:2] if len(images_bchw) > 1 else images_bchw.repeat(2, 1, 1, 1)

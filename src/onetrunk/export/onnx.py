@@ -30,6 +30,7 @@ from .base import (
     refuse_place,
     save,
     seen,
+    two_of,
 )
 from .program import first_line, quietly, traced
 
@@ -177,7 +178,7 @@ def export_together(
     models = {name: on_cpu(model) for name, model in models.items()}
     first = next(iter(models.values()))
     images_bchw = seen(first, images_bchw)
-    examples = images_bchw[:2].contiguous(), torch.arange(2) % len(models)
+    examples = two_of(images_bchw).contiguous(), torch.arange(2) % len(models)
     texts = {name: metadata(model) for name, model in models.items()}
     known = {
         "domains": json.dumps(list(models)),

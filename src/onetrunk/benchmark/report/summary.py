@@ -252,8 +252,11 @@ def t_quantile(degrees: int) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % of the mean of `values` (paired t for differences); None for fewer than two."""
-    if len(values) < 2:
+    """95 % of the mean of `values` (paired t for differences); None where all are equal.
+
+    So for a single one, and for a few equal accuracies of few images, which say nothing of chance.
+    """
+    if len(set(values)) < 2:
         return None
     found = spread(values)
     half = t_quantile(len(values) - 1) * (found.deviation or 0.0) / np.sqrt(len(values))

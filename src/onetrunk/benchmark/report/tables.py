@@ -262,7 +262,7 @@ def _mean_table(rows: Sequence[Row], shown: Sequence[MethodLabel]) -> Table:
             point = points.get((method.name, level))
             fewer = point is not None and point.n_domains < n_domains
             cells.append(
-                spread_text(point.accuracy if point else None, point.accuracy.n if point else 0)
+                spread_text(point.accuracy if point else None, n_seeds)
                 + (f" ({point.n_domains} of {n_domains})" if point and fewer else "")
             )
         lines.append((method.label, *cells))

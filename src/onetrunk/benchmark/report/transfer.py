@@ -98,11 +98,14 @@ def sentence(
 def _contest(level: Level, rows: Sequence[Row], reference: str) -> Contest | None:
     of_method = grouped(rows, lambda row: row.method)
     baseline = of_method.pop(reference, [])
-    n_common = {name: len(common(group, baseline)) for name, group in of_method.items()}
-    most = max(n_common.values(), default=0)
-    if most == 0:
+    cells = {
+        name: frozenset((row.domain, row.seed) for row, _ in common(group, baseline))
+        for name, group in of_method.items()
+    }
+    most = max(cells.values(), key=len, default=frozenset())
+    if not most:
         return None
-    whole = [name for name, n_cells in n_common.items() if n_cells == most]
+    whole = [name for name, found in cells.items() if found == most]
     against = {name: paired(of_method[name], baseline) for name in whole}
     found = {name: difference for name, difference in against.items() if difference is not None}
     best = max(found, key=lambda name: found[name].mean)
