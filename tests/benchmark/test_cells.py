@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import math
 from pathlib import Path
 
@@ -152,6 +153,29 @@ def test_what_a_key_depends_on(make_cell, monkeypatch):
     assert make_cell().key == keys[0]
     monkeypatch.setattr(protocol, "Recipe", functools.partial(Recipe, label_smoothing=0.3))
     assert make_cell().key != keys[0]  # what is not tuned is the default recipe's
+
+
+@pytest.mark.parametrize("change", ["pixels", "flip_ok"])
+def test_a_key_depends_on_the_images_and_on_whether_they_are_flipped(tmp_path, change):
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+
+    def key_of(grey: int, info: str) -> str:
+        buffer = io.BytesIO()
+        Image.new("L", (8, 8), grey).save(buffer, "PNG")
+        rows = [{"bytes": buffer.getvalue(), "path": None}] * 4
+        for split in ("train", "val", "test"):
+            table = pa.table({"image": rows, "label": ["a", "b", "a", "b"]})
+            pq.write_table(table, tmp_path / "greys" / f"{split}.parquet")
+        (tmp_path / "greys" / "info.json").write_text(info)
+        cells_module._splits.cache_clear()
+        cells_module._digest_of_splits.cache_clear()
+        return Cell("mini", TRUNK, str(tmp_path), "greys", "parallel", 0, TINY).key
+
+    (tmp_path / "greys").mkdir()
+    first = key_of(7, '{"flip_ok": true}')
+    changed = (8, '{"flip_ok": true}') if change == "pixels" else (7, '{"flip_ok": false}')
+    assert key_of(*changed) != first == key_of(7, '{"flip_ok": true}')
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,3 +198,21 @@ def test_labels_are_one_whole_number_an_image(labels: list[object]) -> None:
     arrays = [np.zeros((8, 8), np.uint8)] * 2
     with pytest.raises(DataError, match=r"labels of shape .* give whole numbers \(n,\), one for"):
         Images.from_arrays(arrays, labels, ["a", "b"])  # type: ignore[arg-type]
+
+
+def test_a_fingerprint_tells_images_apart(tmp_path: Path, picture: Image.Image) -> None:
+    picture.save(tmp_path / "a.png")
+    array, names = np.zeros((8, 8), np.uint8), ["x"]
+
+    def of(source: Any, labels: Any = (0,), classes: Any = ("a", "b")) -> str:
+        return Images([source], list(labels), classes, names).fingerprint()
+
+    data = (tmp_path / "a.png").read_bytes()
+    prints = [
+        of(array), of(array + 1), of(array.astype(float)), of(data), of(data + b"0"),
+        of(tmp_path / "a.png"), of(array, labels=[1]), of(array, classes=["a", "c"]),
+    ]  # fmt: skip
+    assert len(set(prints)) == len(prints)
+    assert of(array.copy()) == prints[0] and of(tmp_path / "a.png") == prints[5]
+    (tmp_path / "a.png").write_bytes(data + b"0")
+    assert of(tmp_path / "a.png") != prints[5]

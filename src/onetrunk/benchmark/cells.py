@@ -379,12 +379,8 @@ def _splits(data: str, domain: str) -> Splits:
 def _digest_of_splits(data: str, domain: str) -> str:
     splits = _splits(data, domain)
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
-    listed = {
-        name: [images.names, images.labels.tolist()]
-        for name, images in parts.items()
-        if images is not None
-    }
-    return digest_of({"classes": splits.classes, **listed})
+    prints = {name: images.fingerprint() for name, images in parts.items() if images is not None}
+    return digest_of({"hflip": splits.hflip, **prints})
 
 
 def _data(cell: Cell, split: str, preprocessing: Preprocessing) -> Prepared:

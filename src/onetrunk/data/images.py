@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +105,22 @@ class Images(Dataset[tuple[Image.Image, int]]):
 
     def __repr__(self) -> str:
         return f"Images({len(self)} images, {len(self.classes)} classes)"
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, labels, classes, encoded bytes and arrays, and the sizes of files."""
+        facts = [list(self.classes), list(self.names), self.labels.tolist()]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        for row in self._rows:
+            source = self._sources[row]
+            if isinstance(source, str | os.PathLike):
+                content = str(os.stat(source).st_size).encode()
+            elif isinstance(source, bytes):
+                content = source
+            else:
+                array = np.asarray(source)
+                content = f"{array.dtype} {array.shape}".encode() + array.tobytes()
+            digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
 
     def subset(self, indices: Sequence[int] | Tensor) -> Images:
         """These examples in this order, the same classes. Raises DataError if there are none."""
