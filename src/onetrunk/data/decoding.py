@@ -164,7 +164,10 @@ def _plain(image: Image.Image, name: str) -> Image.Image:
     """Mode "L" or "RGB" of a loaded image, at its own orientation."""
     target = "L" if image.mode in _GREY_MODES else "RGB"
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Image.fromarray(_eight_bits(np.asarray(image), name))
+        values_hw = np.asarray(image)
+        if image.mode == "I" and image.format == "PNG":  # 16 bits, before Pillow 11
+            values_hw = values_hw.astype(np.uint16)
+        return Image.fromarray(_eight_bits(values_hw, name))
     if image.mode == target and "transparency" not in image.info:
         return image.copy()
     try:
@@ -184,24 +187,19 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values_hw: Array, name: str) -> npt.NDArray[np.uint8]:
-    """Grey values of any type to 0..255, by the range that the type or the values declare.
+    """Grey values to 0..255 by what their type says: 16-bit 0..65535, wider 0..255, floats 0..1.
 
-    16-bit: 0..65535. Wider integers: 0..255 where all fit, else 0..65535. Floats: 0..1, 0..255 or
-    0..65535, the first that holds them all. Anything else is refused: a scale of its own for each
-    image would change what a grey value means from one image to the next.
+    Others are refused: a scale that an image's own values choose would change what a grey value
+    means from one image to the next.
     """
+    full = {"f": 1.0}.get(values_hw.dtype.kind, 65535.0 if values_hw.dtype.itemsize <= 2 else 255.0)
     low, high = float(values_hw.min()), float(values_hw.max())
-    if not (np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= 65535):
+    if not (np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= full):
         raise BrokenImageError(
             name,
-            f"its grey values run from {low:g} to {high:g}; rescale them to 0..255 or 0..65535",
+            f"its {values_hw.dtype} grey values run from {low:g} to {high:g}, and 0 to {full:g} "
+            "are read; store it with 8 or 16 bits",
         )
-    if values_hw.dtype.kind == "f" and high <= 1:
-        full = 1.0
-    elif values_hw.dtype.itemsize > 2 and high <= 255:
-        full = 255.0
-    else:
-        full = 65535.0
     scaled_hw = values_hw.astype(np.float64) * (255.0 / full)
     return np.round(scaled_hw).astype(np.uint8)
 
