@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -351,3 +352,16 @@ def test_what_is_not_ours_fails_one_cell_and_not_the_study(make_study, monkeypat
     outcome = run(make_study("head"))
     assert len(outcome.failures) == 2
     assert "head stripes: ZeroDivisionError: out of luck" in " ".join(outcome.failures)
+
+
+def test_a_broken_image_fails_its_cell(domains, tmp_path):
+    shutil.copytree(domains / "shades", tmp_path / "shades")
+    (tmp_path / "shades" / "test" / "dark" / "0.png").write_bytes(b"no picture")
+    cell = Cell("mini", TRUNK, str(tmp_path), "shades", "head", 0, TINY)
+    with pytest.raises(DataError, match=r"0\.png"):
+        run_cell(cell, Ledger(tmp_path / "out"), tmp_path / "out")
+
+
+def test_a_trunk_with_weights_keeps_an_at_sign_in_their_path():
+    assert Trunk.read("resnet26(width=0.5)@a@b/w.safetensors").weights == "a@b/w.safetensors"
+    assert Trunk.read("timm:resnet18") == Trunk("timm:resnet18")

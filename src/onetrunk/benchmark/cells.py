@@ -59,8 +59,8 @@ class Trunk:
     @classmethod
     def read(cls, text: str) -> "Trunk":
         """`resnet26(width=0.5)`, or with weights: `resnet26(width=0.5)@series.safetensors`."""
-        form, _, weights = text.rpartition("@")
-        return cls(form, weights) if form else cls(text)
+        form, _, weights = text.partition("@")
+        return cls(form, weights)
 
     def __str__(self) -> str:
         return f"{self.form}@{Path(self.weights).name}" if self.weights else self.form
@@ -385,7 +385,8 @@ def _digest_of_splits(data: str, domain: str) -> str:
 
 def _data(cell: Cell, split: str, preprocessing: Preprocessing) -> Prepared:
     chosen = _subset_size(cell.protocol, split)
-    seed = cell.seed if cell.protocol.per_class is not None else 0
+    drawn = cell.protocol.per_class is not None and split != "test"
+    seed = cell.seed if drawn else 0
     return _prepared(cell.data, cell.domain, split, chosen, seed, preprocessing)
 
 
@@ -399,7 +400,7 @@ def _subset_size(protocol: Protocol, split: str) -> tuple[int, int, int | None]:
     return 10**9, 0, None
 
 
-@functools.lru_cache(maxsize=12)
+@functools.lru_cache(maxsize=3)  # of one domain: each may hold gigabytes
 def _prepared(
     data: str,
     domain: str,
@@ -409,7 +410,7 @@ def _prepared(
     preprocessing: Preprocessing,
 ) -> Prepared:
     images = getattr(_splits(data, domain), split)
-    return Prepared(subset(images, *chosen, seed), preprocessing)
+    return Prepared(subset(images, *chosen, seed), preprocessing, on_broken="fail")
 
 
 def subset(
