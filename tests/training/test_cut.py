@@ -350,6 +350,12 @@ class Normalize(nn.Module):
         return x - self.mean
 
 
+class Instances(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(4)
+
+
 class Remembers(Small):
     """Keeps a mean in train mode, by a class that looks like no norm."""
 
@@ -365,7 +371,9 @@ class Memory(Normalize):
         return super().forward(x)
 
 
-@pytest.mark.parametrize(("net", "at"), [(Normalises, "last"), (Remembers, "norm")])
+@pytest.mark.parametrize(
+    ("net", "at"), [(Normalises, "last"), (Instances, "last"), (Remembers, "norm")]
+)
 def test_a_cut_is_above_numbers_that_stay_and_below_those_that_move(
     net: type[Small], at: str
 ) -> None:

@@ -462,7 +462,8 @@ def show(bank: BankPath, domain: Domain, as_json: AsJson = False) -> None:
     screen.say(f"{domain} in {bank}, on {opened.backbone_form}")
     screen.say(f"  family         {card.family} at {len(record.plan)} sites")
     screen.say(f"  classes        {len(card.classes)}: {', '.join(card.classes)}")
-    screen.say(f"  preprocessing  {_pairs(vars(record.preprocessing or object))}")
+    seen = record.preprocessing
+    screen.say(f"  preprocessing  {_pairs(vars(seen)) if seen else 'none: its images are tensors'}")
     screen.say(f"  metrics        {_pairs(card.metrics)}")
     screen.say(f"  provenance     {_pairs(card.provenance)}")
     screen.say(f"  digest         {card.digest}")

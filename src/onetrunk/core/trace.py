@@ -101,7 +101,6 @@ def _first_that_runs(
     backbone: nn.Module, input_size: Size | None
 ) -> tuple[list[_Call], torch.Size, Size]:
     sizes = [input_size] if input_size else default_sizes(backbone)
-    _refuse_no_copy(backbone)
     problem = ""
     for device in ("meta", "cpu"):
         for size in sizes:
@@ -109,6 +108,7 @@ def _first_that_runs(
                 return *_run(backbone, size, device), size
             except Exception as error:  # whatever a user's forward raises is only reported
                 problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    _refuse_no_copy(backbone)
     tried = ", ".join("x".join(map(str, size)) for size in sizes)
     raise BackboneError(
         f"{type(backbone).__name__} does not run on one image of {tried} ({problem}). "

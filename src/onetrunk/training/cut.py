@@ -236,7 +236,7 @@ def _learns(module: nn.Module) -> bool:
     """Whether a module itself changes in training, draws numbers, or looks at the whole batch."""
     if any(p is not None and p.requires_grad for p in module._parameters.values()):
         return True
-    if isinstance(module, nn.modules.batchnorm._NormBase):
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.training or module.running_mean is None
     return module.training and draws(module)
 
