@@ -307,6 +307,8 @@ def _refuse_foreign_basis(
 
 def _default_preprocessing(backbone: nn.Module, size: Size) -> Preprocessing | None:
     """The backbone's own, or None where it takes neither 1 nor 3 channels."""
+    if size[0] not in (1, 3):  # a network without convolutions does not say so itself
+        return None
     try:
         return Preprocessing.for_backbone(backbone, size_px=size[1] if size[1] == size[2] else None)
     except DataError:

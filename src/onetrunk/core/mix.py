@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import MixError
 from .adapters.base import Correction
 from .adapters.series import norm_gain_and_shift
-from .attach import Adapted, domain_of, own_size
+from .attach import Adapted, domain_of
 from .merge import difference
 from .mixable import base_tree, check_own, check_rows, check_shares
 from .rowwise import (
@@ -100,7 +100,7 @@ class Mixed(nn.Module):
         self._places = _places(domains)
         base = base_tree(first)
         layers = {path for group in self._places for path in group}
-        check_rows(base, layers, own_size(domain_of(first)))
+        check_rows(base, layers, domain_of(first))
         self.network = _assembled(base, domains, self._places, self._rows)
         n_classes_d = torch.tensor([len(domain.classes) for domain in domains])
         self.register_buffer("n_classes_d", n_classes_d.to(_device_of(first)), persistent=False)

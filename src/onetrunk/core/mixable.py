@@ -7,8 +7,8 @@ from torch import nn
 from ..errors import MixError
 from ..tensorfile import fingerprint_of
 from .adapters import Full
-from .attach import Adapted, delta, domain_of, unmark
-from .trace import Size, rows_astray, rows_per_image
+from .attach import Adapted, Domain, delta, domain_of, own_size, unmark
+from .trace import rows_astray, rows_per_image
 from .tree import Frozen, copy_tree, original_names, replace_modules, same_bits
 
 
@@ -88,7 +88,7 @@ def check_own(name: str, model: nn.Module, taken: Collection[str]) -> None:
         )
 
 
-def check_rows(base: nn.Module, layers: set[str], size: Size | None) -> None:
+def check_rows(base: nn.Module, layers: set[str], domain: Domain) -> None:
     """A row of every layer must belong to an image that its place tells.
 
     Raises:
@@ -96,7 +96,8 @@ def check_rows(base: nn.Module, layers: set[str], size: Size | None) -> None:
             or several of each image that do not lie together.
         BackboneError: where the backbone does not run.
     """
-    per_image = rows_per_image(base, layers, size)
+    sizes = own_size(domain), domain.input_size  # of its images, and that it was attached at
+    per_image = rows_per_image(base, layers, sizes)
     for path, n_rows in per_image.items():
         if not n_rows:
             raise MixError(
@@ -105,7 +106,7 @@ def check_rows(base: nn.Module, layers: set[str], size: Size | None) -> None:
                 "one after another, or leave that layer out of their plans."
             )
     several = {path for path, n_rows in per_image.items() if n_rows > 1}
-    if several and (astray := rows_astray(base, several, size)):
+    if several and (astray := rows_astray(base, several, sizes)):
         raise MixError(
             f"{min(astray)} gets several rows of each image that do not lie one image after the "
             "other (torch.cat([x, x.flip(-1)]) makes such), so which domain a row belongs to is "

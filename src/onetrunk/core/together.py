@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import MixError
-from .attach import Adapted, domain_of, own_size, trains_basis
+from .attach import Adapted, domain_of, trains_basis
 from .mixable import base_tree, check_own, check_rows, check_shares
 from .tree import Frozen, draws, is_norm, replace_modules
 
@@ -63,7 +63,7 @@ class Together(nn.Module):
                     f"domain {name!r} trains the basis that it shares, which one step of several "
                     "optimisers would move several times: train such domains with fit_jointly."
                 )
-        check_rows(base, sites | norms | heads, own_size(domain_of(first)))
+        check_rows(base, sites | norms | heads, domain_of(first))
         self._batch = _Batch()
         n_classes = [len(domain_of(model).classes) for model in networks]
         made: dict[str, nn.Module] = {}

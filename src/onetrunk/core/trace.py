@@ -338,24 +338,29 @@ def following_norms(
     if not layers or not any(folds_into_a_layer(module) for module in network.modules()):
         return {}
     follow = functools.partial(_follow, network, layers)
-    return _on_meta_or_its_own(network, size, follow) or {}  # where nothing runs, nothing folds
+    return _on_meta_or_its_own(network, (size,), follow) or {}  # where nothing runs, nothing folds
 
 
 _Found = TypeVar("_Found")
 
 
 def _on_meta_or_its_own(
-    network: nn.Module, size: Size | None, observe: Callable[[str, Size], _Found]
+    network: nn.Module, sizes: Iterable[Size | None], observe: Callable[[str, Size], _Found]
 ) -> _Found | None:
     """What is observed on the first device and size that run, None where the network runs nowhere.
 
     The devices: meta, and the network's own.
     """
     for device in ("meta", str(next(own.device for own in network.parameters()))):
-        for tried in [size] if size else default_sizes(network):
+        for tried in _to_try(network, sizes):
             with contextlib.suppress(Exception):  # whatever a user's forward raises: try the next
                 return observe(device, tried)
     return None
+
+
+def _to_try(network: nn.Module, sizes: Iterable[Size | None]) -> list[Size]:
+    """The sizes that are known, else what the network says of itself."""
+    return list(dict.fromkeys(size for size in sizes if size)) or default_sizes(network)
 
 
 def _follow(network: nn.Module, layers: set[str], device: str, size: Size) -> dict[str, str]:
@@ -400,15 +405,17 @@ def folds_into_a_layer(norm: nn.Module) -> TypeGuard[nn.modules.batchnorm._Batch
 
 
 def rows_per_image(
-    network: nn.Module, layers: set[str], size: Size | None = None
+    network: nn.Module, layers: set[str], sizes: Iterable[Size | None]
 ) -> dict[str, int]:
     """Layer -> the rows that it gets for each image of a batch: 1, or more for windows of images.
 
     0 where their number does not follow the batch. Layers that are not called are left out.
 
     Args:
-        network, size: as for `following_norms`.
+        network: as for `following_norms`.
         layers: module paths.
+        sizes: channels, rows, columns, of which the first that runs is taken; by default what the
+            network says of itself.
 
     Raises:
         BackboneError: where the network does not run.
@@ -421,26 +428,26 @@ def rows_per_image(
             for name in two
         }
 
-    found = _on_meta_or_its_own(network, size, counted)
+    found = _on_meta_or_its_own(network, sizes, counted)
     if found is None:
         raise BackboneError(
-            f"{type(network).__name__} does not run on images of {size or default_sizes(network)}, "
-            "so it is unknown which rows inside belong to which image."
+            f"{type(network).__name__} does not run on images of {_to_try(network, sizes)}, so it "
+            "is unknown which rows inside belong to which image."
         )
     return found
 
 
-def rows_astray(network: nn.Module, layers: set[str], size: Size | None = None) -> set[str]:
+def rows_astray(network: nn.Module, layers: set[str], sizes: Iterable[Size | None]) -> set[str]:
     """Those of `layers` where the rows of two images do not lie one image after the other.
 
     The second image is NaN, and what it makes NaN is its own: `torch.cat([x, x.flip(-1)])` puts
     some of that into the first half.
 
     Args:
-        network, layers, size: as for `rows_per_image`.
+        network, layers, sizes: as for `rows_per_image`.
     """
     own_device = str(next(own.device for own in network.parameters()))
-    for tried in [size] if size else default_sizes(network):
+    for tried in _to_try(network, sizes):
         with contextlib.suppress(Exception):  # as in `_on_meta_or_its_own`
             return _nan_in_first_half(network, layers, tried, own_device)
     return set(layers)
