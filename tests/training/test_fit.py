@@ -143,14 +143,15 @@ def test_seeds_of_two_purposes_are_unrelated() -> None:
 def test_trainings_in_threads_draw_what_each_draws_alone(
     make_model: Make, make_tensors: Make, bits: Make, same: Make
 ) -> None:
-    def trained(_: int) -> dict[str, Tensor]:
-        model = make_model(ot.LowRank(rank=2, dropout=0.5))
+    models = [make_model(ot.LowRank(rank=2, dropout=0.5)) for _ in range(4)]
+
+    def trained(model: nn.Module) -> dict[str, Tensor]:
         train(model, RandomCrops(make_tensors(16)))
         return bits(model)
 
-    alone, before = trained(0), global_state()
-    with ThreadPoolExecutor(3) as pool:
-        together = list(pool.map(trained, range(3)))
+    before, alone = global_state(), trained(models[0])
+    with ThreadPoolExecutor(3, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        together = list(pool.map(trained, models[1:]))
     assert all(same(one, alone) for one in together) and global_state() == before
 
 
