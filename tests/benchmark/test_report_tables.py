@@ -104,6 +104,17 @@ def test_a_mean_over_fewer_domains_is_never_marked_as_the_best(row):
     assert found.best == {(2, 1)}
 
 
+def test_fewer_seeds_are_said_beside_a_mean(row):
+    rows = [
+        row("parallel", "signs", seed, per_class=per_class, test_accuracy=0.4 + 0.1 * seed)
+        for per_class, seeds in ((5, 3), (25, 2))
+        for seed in range(seeds)
+    ]
+    (found,) = transfer_tables(read_rows(rows), METHODS)
+    assert column(found, "5") == {"Parallel": "50.0 ± 10.0"}
+    assert column(found, "25") == {"Parallel": "45.0 ± 7.1 (n=2)"}
+
+
 def test_chosen_rates_at_an_end_of_the_grid_are_counted(row):
     rates = (0.001, 0.01, 0.1)
     trials = [{"lr": rate, "decay": d, "val_accuracy": 0.5} for rate in rates for d in (0.0, 1.0)]

@@ -33,16 +33,7 @@ from ..training.probe import start_from_probe
 from ..training.recipe import Recipe
 from .allocated import probed
 from .ledger import Ledger, digest_of
-from .methods import (
-    Allocate,
-    Compressed,
-    Lora,
-    Placed,
-    Scratch,
-    Trained,
-    Uniform,
-    read_method,
-)
+from .methods import Compressed, Lora, Placed, Scratch, Trained, adapts, read_method
 from .protocol import TUNED_SEED, Protocol, Tuning
 from .setting import Setting
 
@@ -122,7 +113,7 @@ def run_cell(cell: Cell, ledger: Ledger, work: Path) -> dict[str, Any]:
         "n_train": len(setting.train),
         "seconds": round(time.monotonic() - started, 1),
     }
-    if keeps_domain(cell.method):
+    if adapts(cell.method):  # a compression may be of it
         store(bank_path(work, cell), setting.backbone, cell.domain, model, record)
     ledger.append(record)
     return record
@@ -296,14 +287,6 @@ class _Trials:
             return 0.0
         self.models[tuning] = model
         return accuracy
-
-
-def keeps_domain(method: str) -> bool:
-    """Whether trained domains of this method are stored: a compression may be of them."""
-    read = read_method(method)
-    if isinstance(read, Placed):
-        return read.family.scope == "adapters" and read.family.name != "norm"
-    return isinstance(read, Allocate | Uniform)
 
 
 def bank_path(work: Path, cell: Cell) -> Path:

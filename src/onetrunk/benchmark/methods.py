@@ -210,7 +210,7 @@ def read_method(text: str) -> Method:
     return method
 
 
-def _adapts(form: object, kinds: Any) -> bool:
+def adapts(form: object, kinds: Any = Placed | Allocate | Uniform) -> bool:
     """Whether `form` writes a method of these kinds that puts adapters at layers."""
     found = read_method(form) if isinstance(form, str) else None
     if isinstance(found, Placed):
@@ -219,10 +219,10 @@ def _adapts(form: object, kinds: Any) -> bool:
 
 
 def _check(method: Method, text: str) -> None:
-    if isinstance(method, Lora) and not _adapts(method.like, Placed):
+    if isinstance(method, Lora) and not adapts(method.like, Placed):
         raise SpecError(f"method {text!r}: `like` names an adapter family, e.g. 'parallel'.")
     if isinstance(method, Compressed):
-        if not _adapts(method.of, Placed | Allocate | Uniform):
+        if not adapts(method.of):
             raise SpecError(f"method {text!r}: `of` names a method with adapters.")
         if not isinstance(method.keep, int | float) or not 0 < method.keep <= 1:
             raise SpecError(f"method {text!r}: keep is a share above 0, at most 1.")

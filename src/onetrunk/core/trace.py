@@ -338,20 +338,25 @@ def following_norms(
     if not layers or not any(folds_into_a_layer(module) for module in network.modules()):
         return {}
     follow = functools.partial(_follow, network, layers)
-    return _on_meta_or_its_own(network, (size,), follow) or {}  # where nothing runs, nothing folds
+    devices = "meta", _own_device(network)
+    return _first_run(network, devices, (size,), follow) or {}  # where nothing runs, nothing folds
 
 
 _Found = TypeVar("_Found")
 
 
-def _on_meta_or_its_own(
-    network: nn.Module, sizes: Iterable[Size | None], observe: Callable[[str, Size], _Found]
-) -> _Found | None:
-    """What is observed on the first device and size that run, None where the network runs nowhere.
+def _own_device(network: nn.Module) -> str:
+    return str(next(parameter.device for parameter in network.parameters()))
 
-    The devices: meta, and the network's own.
-    """
-    for device in ("meta", str(next(own.device for own in network.parameters()))):
+
+def _first_run(
+    network: nn.Module,
+    devices: Iterable[str],
+    sizes: Iterable[Size | None],
+    observe: Callable[[str, Size], _Found],
+) -> _Found | None:
+    """What is observed on the first device and size that run, None where there is none."""
+    for device in devices:
         for tried in _to_try(network, sizes):
             with contextlib.suppress(Exception):  # whatever a user's forward raises: try the next
                 return observe(device, tried)
@@ -428,7 +433,11 @@ def rows_per_image(
             for name in two
         }
 
-    found = _on_meta_or_its_own(network, sizes, counted)
+    devices = "meta", _own_device(network)
+    return _known_rows(network, sizes, _first_run(network, devices, sizes, counted))
+
+
+def _known_rows(network: nn.Module, sizes: Iterable[Size | None], found: _Found | None) -> _Found:
     if found is None:
         raise BackboneError(
             f"{type(network).__name__} does not run on images of {_to_try(network, sizes)}, so it "
@@ -443,17 +452,14 @@ def rows_astray(network: nn.Module, layers: set[str], sizes: Iterable[Size | Non
     The second image is NaN, and what it makes NaN is its own: `torch.cat([x, x.flip(-1)])` puts
     some of that into the first half.
 
-    Args:
-        network, layers, sizes: as for `rows_per_image`.
+    Args and raises: as `rows_per_image`.
     """
-    own_device = str(next(own.device for own in network.parameters()))
-    for tried in _to_try(network, sizes):
-        with contextlib.suppress(Exception):  # as in `_on_meta_or_its_own`
-            return _nan_in_first_half(network, layers, tried, own_device)
-    return set(layers)
+    observe = functools.partial(_nan_in_first_half, network, layers)
+    devices = (_own_device(network),)  # on meta there are no numbers
+    return _known_rows(network, sizes, _first_run(network, devices, sizes, observe))
 
 
-def _nan_in_first_half(network: nn.Module, layers: set[str], size: Size, device: str) -> set[str]:
+def _nan_in_first_half(network: nn.Module, layers: set[str], device: str, size: Size) -> set[str]:
     found = set[str]()
 
     def look(name: str, x: Tensor) -> None:

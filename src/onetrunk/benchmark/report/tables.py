@@ -261,8 +261,9 @@ def _mean_table(rows: Sequence[Row], shown: Sequence[MethodLabel]) -> Table:
         for level in columns:
             point = points.get((method.name, level))
             fewer = point is not None and point.n_domains < n_domains
+            n_whole = point.accuracy.n if point else 0  # seeds with every domain
             cells.append(
-                spread_text(point.accuracy if point else None, n_seeds)
+                spread_text(point.accuracy if point else None, n_seeds if n_whole else 0)
                 + (f" ({point.n_domains} of {n_domains})" if point and fewer else "")
             )
         lines.append((method.label, *cells))
