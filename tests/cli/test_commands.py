@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,13 @@ def test_placement_options_reach_the_plan(run, photos, bank):
     ran = run(*words, "--adapter", "lowrank(rank=2)", "--stages", "late", "--convs", "first")
     assert json.loads(ran.out)["sites"] == 4
     assert json.loads(ran.out)["family"] == "lowrank(rank=2)"
+
+
+def test_what_lies_beside_the_images_is_named(run, photos, bank, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "notes.txt").write_text("from the garden")
+    ran = run("train", bank, "noted", "--data", tmp_path / "photos", "--epochs", 1, "--no-probe")
+    assert "1 left out that are no images of a class: notes.txt\n" in ran.err
 
 
 def test_a_training_that_only_does_harm_is_told(run, photos, bank, monkeypatch):

@@ -193,7 +193,10 @@ def _prepared(
     if splits.note:
         screen.say(f"  {splits.note}")
     if splits.skipped:
-        screen.warn(f"{len(splits.skipped)} files are no images, e.g. {splits.skipped[0]}")
+        screen.warn(
+            f"{len(splits.skipped)} left out that are no images of a class: {splits.skipped[0]}"
+            f"{' ...' if len(splits.skipped) > 1 else ''}"
+        )
     return data
 
 
