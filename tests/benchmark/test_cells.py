@@ -254,8 +254,9 @@ def test_a_subset_keeps_every_class_and_is_drawn_by_its_seed(domains):
 
 
 def test_a_protocol_refuses_what_is_none():
-    with pytest.raises(TrainingError, match=r"epochs=0\): give at least 1"):
-        Protocol(epochs=0)
+    for count in ("epochs", "batch_size", "size_px", "tune_epochs"):
+        with pytest.raises(TrainingError, match=rf"{count}=0\): give at least 1"):
+            Protocol(**{count: 0})
     with pytest.raises(TrainingError, match="a ratio of learning rates above 1"):
         Protocol(ratio=1.0)
     with pytest.raises(TrainingError, match=r"most_steps=0\): give at least 1"):

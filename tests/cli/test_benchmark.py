@@ -69,6 +69,19 @@ def test_recorded_steps_without_a_gpu_are_told_of_cell_by_cell(run, domains, tmp
             "error: unknown timm mod",
         ),
         (("transfer", "--per-class", "1"), 1, "need 2 at least"),
+        (
+            (
+                "mini",
+                "--methods",
+                "head",
+                "--backbone",
+                "resnet26(width=0.125)@a/x.safetensors",
+                "--backbone",
+                "resnet26(width=0.125)@b/x.safetensors",
+            ),
+            1,
+            "a/x.safetensors and b/x.safetensors would both be resnet26(width=0.125)@x.safetensors",
+        ),
         (("mini", "--report-only", "--methods", "head"), 1, "no finished cell of this study"),
     ],
 )

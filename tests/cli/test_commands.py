@@ -36,6 +36,18 @@ def test_the_whole_road(run, photos, tmp_path):
     assert json.loads(run("list", bank, "--json").out)["domains"] == {}
 
 
+def test_images_that_cannot_be_read_are_counted_where_they_are_few_and_an_error_where_all(
+    run, photos, bank, tmp_path
+):
+    good, bad = sorted((photos / "down").iterdir())[0], tmp_path / "bad.png"
+    bad.write_text("no image")
+    some = run("predict", bank, "stripes", good, bad)
+    assert some.status == 0 and "1 of 2 images could not be read; the first: " in some.err
+    assert "bad.png" in some.err and len(some.out.splitlines()) == 2
+    none = run("predict", bank, "stripes", bad, bad)
+    assert none.status == 1 and "none of the 2 images can be read; the first: " in none.err
+
+
 def test_json_is_all_that_goes_to_standard_output(run, photos, bank):
     ran = run("train", bank, "more", "--data", photos, "--epochs", 1, "--json")
     result = json.loads(ran.out)

@@ -70,7 +70,10 @@ class Protocol:
     tune_epochs: int = 4
 
     def __post_init__(self) -> None:
-        counts = ("images", "least_per_class", "val_images", "epochs", "least_steps", "most_steps")
+        counts = (
+            "images", "least_per_class", "val_images", "size_px", "epochs", "least_steps",
+            "most_steps", "batch_size", "tune_epochs",
+        )  # fmt: skip
         for field in counts:
             if getattr(self, field) < 1:
                 raise TrainingError(f"Protocol({field}={getattr(self, field)}): give at least 1.")

@@ -156,7 +156,15 @@ def _study(
 
 
 def _trunks(wish: Wish) -> list[Trunk]:
-    return [Trunk.read(text) for text in wish.backbones or TRUNKS]
+    """The backbones; a report tells them apart by their names, which are files' without folders."""
+    trunks = list(dict.fromkeys(Trunk.read(text) for text in wish.backbones or TRUNKS))
+    for trunk in trunks:
+        if same := [other for other in trunks if other != trunk and str(other) == str(trunk)]:
+            raise TrainingError(
+                f"{trunk.weights} and {same[0].weights} would both be {trunk} in the report: "
+                "give one of the files another name, or one study each."
+            )
+    return trunks
 
 
 def _protocol(trunk: Trunk, full: bool) -> Protocol:

@@ -412,10 +412,14 @@ def predict(
             for p in found
         ]
     )
-    if all(prediction.problem for prediction in found):
+    broken = [prediction for prediction in found if prediction.problem]
+    if len(broken) == len(found):
         raise BankError(
             f"none of the {len(found)} images can be read; the first: {found[0].problem}"
         )
+    if broken:
+        first = f"{broken[0].name}: {broken[0].problem}"
+        screen.warn(f"{len(broken)} of {len(found)} images could not be read; the first: {first}")
 
 
 @app.command("list")
