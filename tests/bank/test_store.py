@@ -230,6 +230,26 @@ def test_create_refuses_what_is_there(store, tmp_path):
     assert os.listdir(tmp_path / "full") == ["notes.txt"]
 
 
+@pytest.mark.parametrize("leftovers", ["", "own", "another's"])
+def test_a_creation_that_was_killed_can_be_repeated_but_takes_over_no_blob_of_another(
+    tmp_path, leftovers
+):
+    path = tmp_path / "garden.bank"
+    made = Store.create(path, BACKBONE, b"another" if leftovers == "another's" else b"weights")
+    made_bytes = {file.name for file in (path / "blobs").iterdir()}
+    (path / "bank.json").rename(path / ".onetrunk-0123456789abcdef.tmp")
+    if not leftovers:
+        (path / "blobs" / made_bytes.pop()).unlink()
+    if leftovers == "another's":
+        with pytest.raises(BankError, match=r"not empty \(it has blobs\)"):
+            Store.create(path, BACKBONE, b"weights")
+        assert {file.name for file in (path / "blobs").iterdir()} == made_bytes
+        return
+    again = Store.create(path, BACKBONE, b"weights")
+    assert again.read_backbone() == b"weights" and again.verify() == []
+    assert made.manifest == again.manifest
+
+
 def test_create_refuses_a_bank_that_another_process_made_meanwhile(tmp_path):
     path = tmp_path / "garden.bank"
 

@@ -33,6 +33,7 @@ from ..tensorfile import fingerprint_of, pack, unpack
 from .basisfile import read_basis, write_basis
 from .card import WITHOUT_BASIS, Blueprint, light, read_blueprint, read_light, write_card
 from .card import Card as Card
+from .folder import MANIFEST
 from .manifest import Entry, Manifest
 from .names import check_name
 from .store import Contents, Store
@@ -152,6 +153,11 @@ class Bank:
             bank._check_fingerprint(fingerprint(backbone), "the backbone that was given")
             bank._home = _Checked.of(backbone)
         return bank
+
+    @classmethod
+    def open_or_create(cls, path: PathLike, backbone: nn.Module) -> "Bank":
+        """The bank at `path`, or a new one where there is none yet; see `open` and `create`."""
+        return cls.open(path, backbone) if is_bank(path) else cls.create(path, backbone)
 
     @property
     def path(self) -> Path:
@@ -698,6 +704,11 @@ def _take_dtypes(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, own in module.state_dict(keep_vars=True).items():
         if name in tensors and own.dtype != tensors[name].dtype:
             own.data = own.data.to(tensors[name].dtype)
+
+
+def is_bank(path: PathLike) -> bool:
+    """Whether a bank was made at `path`: what a creation leaves that was killed is none."""
+    return (Path(path) / MANIFEST).exists()
 
 
 def usable_device(device: str | torch.device) -> torch.device:

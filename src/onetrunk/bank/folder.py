@@ -6,7 +6,7 @@ followed. It decides nothing about domains.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,18 +208,22 @@ class Folder:
     # Creating
 
     def create(self, first: Manifest, blobs: Sequence[bytes], wait_s: float) -> None:
-        """Makes the folder, if need be, and its first generation; on an error neither stays."""
+        """Makes the folder, if need be, and its first generation; on an error neither stays.
+
+        What the creation of this very bank left when it was killed is in nobody's way.
+        """
         data = manifests.encode(first)
+        own = {self.blob(digest_of(blob)).name for blob in blobs}
         made: list[Path] = []
         try:
-            self._refuse_occupied()
+            self._refuse_occupied(own)
             try:
                 for folder in _lacking(self.path, self.disk):
                     self.disk.make_folder(folder)
                     made.append(folder)
                     self.disk.sync_folder(folder.parent)
                 with self.lock("create", wait_s):
-                    self._refuse_occupied()  # another process may have been faster
+                    self._refuse_occupied(own)  # another process may have been faster
                     self._fill(data, blobs)
                     self.settle(first)
             except BaseException:
@@ -228,29 +232,37 @@ class Folder:
         except OSError as error:
             raise unchanged("create", self.path, error) from error
 
-    def _refuse_occupied(self) -> None:
+    def _refuse_occupied(self, own: Collection[str]) -> None:
         try:
-            names = [name for name in self.disk.names(self.path) if name != LOCK]
+            present = [name for name in self.disk.names(self.path) if name != LOCK]
         except FileNotFoundError:
             return
         except NotADirectoryError:
             raise BankError(
                 f"cannot create bank {self.path}: a file has that name. Use another path."
             ) from None
+        names = [name for name in present if not is_temporary(name)]
         if MANIFEST in names:
             raise BankError(
                 f"cannot create bank {self.path}: there is one already. Open it, or use another "
                 "path."
             )
-        if names:
+        if names and not (names == [BLOBS] and self._has_only(own)):
             raise BankError(
                 f"cannot create bank {self.path}: the folder is not empty (it has "
                 f"{', '.join(names[:5])}). Use a new path, or remove what is there."
             )
 
+    def _has_only(self, own: Collection[str]) -> bool:
+        """Whether the blobs are `own` and unfinished ones, none of a bank without manifest."""
+        if self.disk.facts(self.blobs).kind != "folder":
+            return False
+        return all(is_temporary(name) or name in own for name in self.disk.names(self.blobs))
+
     def _fill(self, first: bytes, blobs: Sequence[bytes]) -> None:
         try:
-            self.disk.make_folder(self.blobs)
+            if not _is_there(self.blobs, self.disk):
+                self.disk.make_folder(self.blobs)
             self.disk.sync_folder(self.path)
             for blob in blobs:
                 write_atomically(self.blob(digest_of(blob)), blob, disk=self.disk)

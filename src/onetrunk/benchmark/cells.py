@@ -302,7 +302,7 @@ def store(
     """Adds a trained domain to its bank, which is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        bank = Bank.open(path, backbone) if path.exists() else Bank.create(path, backbone)
+        bank = Bank.open_or_create(path, backbone)
         put = bank.replace if bank_name(name) in bank.domains else bank.add
         metrics = {"test_accuracy": record["test_accuracy"]}
         put(bank_name(name), model, metrics=metrics, provenance={"cell": record["key"]})

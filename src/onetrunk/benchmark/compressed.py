@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..bank.bank import Bank
+from ..bank.bank import Bank, is_bank
 from ..core.activations import activation_covariances
 from ..core.attach import domain_of
 from ..core.compress import compress, rebuilt
@@ -91,7 +91,7 @@ def _trained(
 
 def _holds(path: Path, source: Cell) -> bool:
     """Whether the bank has this very cell's network: other images may have had that name."""
-    if not path.exists():
+    if not is_bank(path):
         return False
     card = Bank.open(path).domains.get(bank_name(source.domain))
     return card is not None and card.provenance.get("cell") == source.key

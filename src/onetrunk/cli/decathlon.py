@@ -53,7 +53,9 @@ def decathlon(
 
     from ..backbones import backbone as build_backbone
     from ..backbones.written_form import is_untrained
-    from ..benchmark.decathlon import Settings, conclude, read_devkit, train
+    from ..bank.bank import usable_device
+    from ..benchmark.decathlon import Settings, check_labels, conclude, read_devkit, train
+    from ..benchmark.decathlon.run import steps_left
     from ..core.adapters import read_family
     from ..training.recipe import read_recipe
 
@@ -64,10 +66,12 @@ def decathlon(
         recipe=asked if epochs is None else dataclasses.replace(asked, epochs=epochs),
         train_on=train_on,  # type: ignore[arg-type]
         joint=joint,
-        device=device,
+        device=None if device is None else str(usable_device(device)),
     )
     names = None if domains is None else [name.strip() for name in domains.split(",")]
     kit = read_devkit(folder, names)
+    if labels is not None:
+        check_labels(kit, labels)
     for name, files in kit.domains.items():
         counts = f"{len(files.train)} train, {len(files.val)} val, {len(files.test)} test"
         screen.say(f"{name}: {len(files.classes)} classes, images: {counts}")
@@ -75,11 +79,10 @@ def decathlon(
     if is_untrained(backbone, weights):
         screen.warn(UNTRAINED)
     with screen.bar("training") as show:
-        done: dict[str, tuple[int, int]] = {}
+        left, done = sum(steps_left(kit, settings, out).values()), dict[str, int]()
         for name, step in train(kit, network, settings, out):
-            done[name] = step.step, step.n_steps
-            n_done, n_steps = (sum(counts) for counts in zip(*done.values(), strict=True))
-            show(n_done, n_steps, f"{name}, loss {step.loss:.3f}")
+            done[name] = step.step
+            show(sum(done.values()), left, f"{name}, loss {step.loss:.3f}")
     report = conclude(kit, settings, out, labels=labels)
     _show_decathlon(report, screen)
     screen.finish(report.to_json())
@@ -98,7 +101,14 @@ def _show_decathlon(report: "Report", screen: Screen) -> None:
             f"{', '.join(report.unofficial)}: classes or test images are not as many as in the "
             "challenge, so the points mean nothing."
         )
-    screen.say(f"to submit: {report.results}")
+    if report.lacking:
+        n_there = len(report.answered)
+        screen.say(
+            f"{report.results}: answers for {n_there} of the ten domains; a submission needs "
+            f"{', '.join(report.lacking)} too"
+        )
+    else:
+        screen.say(f"to submit: {report.results}")
 
 
 def decathlon_score(

@@ -244,6 +244,7 @@ PAPER = Recipe(
     clip_norm=None,
     crop_scale=None,
     norm_statistics="batch",
+    keep="best",
 )
 """The papers' text: SGD, 0.1 to 0.001, and more decay for small domains (0.005, 0.002, 0.0005)."""
 

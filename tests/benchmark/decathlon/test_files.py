@@ -201,6 +201,14 @@ def test_a_tar_that_shrinks_later_is_a_broken_image(tmp_path):
         TarBytes(tmp_path / "gone.tar", ["one.jpg"], [(2, 9)])[0]
 
 
+def test_a_tar_with_other_names_says_one_of_them(kit):
+    with tarfile.open(kit / "data" / "aircraft.tar", "w") as tar:
+        for number in (1, 2):
+            tar.addfile(tarfile.TarInfo(f"planes/{number}.jpg"))
+    with pytest.raises(ValueError, match=r"lacks 24 of the 24 images.* it has 'planes/1.jpg', say"):
+        read_devkit(kit, ["aircraft"])
+
+
 def test_links_in_a_tar_do_not_count(kit):
     path = kit / "data" / "aircraft.tar"
     with tarfile.open(path, "w") as tar:
@@ -208,7 +216,7 @@ def test_links_in_a_tar_do_not_count(kit):
             member = tarfile.TarInfo(f"aircraft/train/0001/{number:06d}.jpg")
             member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
             tar.addfile(member, io.BytesIO())
-    with pytest.raises(ValueError, match=r"lacks 24 of the 24 images.*links do not count"):
+    with pytest.raises(ValueError, match=r"lacks 24 of .*links do not count.* it has no image"):
         read_devkit(kit, ["aircraft"])
 
 
@@ -255,6 +263,10 @@ def test_a_submission_is_scored_by_counting(kit, labels, tmp_path):
             "answers image 5 twice. Give every image one category",
         ),
         ('[{"image_id": 5, "category_id": 2}]', "answers image 5, which is of no domain"),
+        (
+            '[{"image_id": 40000001, "category_id": 2}]',
+            r"image 40000001 of \w+ with category 2, and .* Give the annotations' category ids",
+        ),
     ],
 )
 def test_what_is_no_submission_is_refused(labels, tmp_path, text, message):

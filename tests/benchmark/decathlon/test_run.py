@@ -1,5 +1,6 @@
 """The whole road on a synthetic copy of the files: train, stop, go on, submit, score."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,17 +14,20 @@ from onetrunk.benchmark.decathlon import (
     conclude,
     preprocessing,
     read_devkit,
+    read_results,
     score_results,
     train,
 )
 from onetrunk.benchmark.decathlon.domains import DOMAINS
 from onetrunk.benchmark.decathlon.protocol import WholeImages, training_examples
+from onetrunk.benchmark.decathlon.run import steps_left
 from onetrunk.core.adapters import Parallel, Series
 from onetrunk.core.attach import delta
 from onetrunk.data import Images
 from onetrunk.data.decoding import BrokenImageError
 from onetrunk.training.evaluate import evaluate
-from onetrunk.training.recipe import PAPER, Recipe
+from onetrunk.training.fit import fit
+from onetrunk.training.recipe import PAPER, RELEASED, Recipe
 
 QUICK = Recipe(epochs=2, batch_size=6, precision="float32")
 
@@ -191,6 +195,68 @@ def test_a_folder_of_another_run_is_refused(kit, backbone, tmp_path):
         conclude(devkit, settings(), work)
 
 
+def test_the_released_readings_keep_the_best_epoch_and_the_decay_of_the_training_images(
+    kit, backbone, tmp_path, monkeypatch
+):
+    assert PAPER.keep == RELEASED.keep == "best"
+    decays = []
+
+    def noted(model, data, recipe, **more):
+        decays.append((len(data), recipe.adapter_decay(len(data))))
+        return fit(model, data, recipe, **more)
+
+    monkeypatch.setattr("onetrunk.benchmark.decathlon.run.fit", noted)
+    sized = dataclasses.replace(QUICK, decay_by_size=((12, 0.5), (18, 0.1)))
+    devkit = read_devkit(kit, ["dtd"])
+    for train_on in ("train", "train+val"):
+        asked = settings(recipe=sized, train_on=train_on)
+        list(train(devkit, backbone, asked, tmp_path / train_on))
+    assert decays == [(12, 0.5), (18, 0.5)]
+
+
+def test_results_hold_every_domain_that_is_finished_there(kit, labels, backbone, tmp_path):
+    both, work = read_devkit(kit, ["dtd", "gtsrb"]), tmp_path / "work"
+    for name in both.domains:
+        devkit = read_devkit(kit, [name])
+        assert steps_left(devkit, settings(), work) == {name: 4}
+        list(train(devkit, backbone, settings(), work))
+        assert steps_left(devkit, settings(), work) == {}
+        report = conclude(devkit, settings(), work, labels=labels)
+        assert [domain.name for domain in report.domains] == [name]
+    assert report.answered == ("dtd", "gtsrb") and len(report.lacking) == 8
+    assert len(read_results(work / "results.json")) == 12
+    assert set(score_results(work / "results.json", labels).accuracies) == {"dtd", "gtsrb"}
+
+
+def test_labels_and_device_are_looked_at_before_anything_is_made(command, kit, labels, tmp_path):
+    words = ("decathlon", kit, *COMMON, "--domains", "dtd", "--out", tmp_path / "work")
+    ran = command(*words, "--device", "cuda:77")
+    assert ran.status == 1 and ran.err.startswith("error: ") and "cuda:77" in ran.err
+    file = labels / "dtd_test.json"
+    table = json.loads(file.read_text())
+    file.write_text(json.dumps({**table, "annotations": table["annotations"][1:]}))
+    ran = command(*words, "--labels", labels)
+    assert ran.status == 1 and "does not label exactly the images of dtd_test_stripped" in ran.err
+    file.unlink()
+    ran = command(*words, "--labels", labels)
+    assert ran.status == 1 and "dtd_test.json is not there. Give the folder that" in ran.err
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_broken_test_image_is_found_before_the_training(kit, backbone, tmp_path):
+    devkit = read_devkit(kit, ["dtd"])
+    (kit / "data" / devkit.domains["dtd"].test.names[-1]).write_bytes(b"no image")
+    with pytest.raises(BrokenImageError, match=devkit.domains["dtd"].test.names[-1]):
+        next(train(devkit, backbone, settings(), tmp_path / "work"))
+
+
+def test_a_run_goes_on_where_the_bank_was_not_finished(kit, backbone, tmp_path):
+    devkit, work = read_devkit(kit, ["dtd"]), tmp_path / "work"
+    (work / "bank" / "blobs").mkdir(parents=True)
+    list(train(devkit, backbone, settings(), work))
+    assert list(Bank.open(work / "bank").domains) == ["dtd"]
+
+
 def test_a_work_folder_that_is_a_file_is_refused(kit, backbone, tmp_path):
     (tmp_path / "work").write_text("")
     with pytest.raises(ValueError, match="work cannot be made or used"):
@@ -205,7 +271,8 @@ def test_the_command_trains_submits_and_scores(command, kit, labels, tmp_path):
     ran = command(*words, "--labels", labels, "--joint")
     assert ran.status == 0, ran.err
     assert "dtd: 3 classes, images: 12 train, 6 val, 6 test" in ran.out
-    assert "mean test accuracy" in ran.out and "to submit:" in ran.out
+    assert "mean test accuracy" in ran.out and "to submit:" not in ran.out
+    assert "answers for 2 of the ten domains; a submission needs imagenet12, aircraft," in ran.out
     assert "this backbone is untrained" in ran.err and "the points mean nothing" in ran.err
     again = json.loads(command(*words, "--json").out)
     assert again["measured_on"] == "val" and again["adapter"] == "parallel"

@@ -1,5 +1,6 @@
 """The score against every published row of ten accuracies that could be found."""
 
+import numpy as np
 import pytest
 
 from onetrunk.benchmark.decathlon import DOMAINS, E_MAX, points, score
@@ -145,6 +146,10 @@ def test_the_reference_scores_250_a_domain():
 def test_e_max_is_the_challenges():
     printed = (80.26, 79.32, 35.76, 14.36, 88.94, 4.94, 37.18, 24.62, 6.90, 97.60)
     assert [100 * E_MAX[name] for name in COLUMNS.split()] == pytest.approx(printed)
+
+
+def test_accuracies_may_be_numbers_of_numpy():
+    assert points({"svhn": np.float32(1.0)}) == {"svhn": 1000}
 
 
 def test_a_domain_scores_from_0_to_1000():

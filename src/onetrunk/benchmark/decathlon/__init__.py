@@ -29,6 +29,7 @@ _WHERE = {
     "read_results": "submission",
     "write_results": "submission",
     "score_results": "submission",
+    "check_labels": "submission",
 }
 
 __all__ = ["DOMAINS", "E_MAX", "Official", "points", "score", *_WHERE]
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .run import Settings as Settings
     from .run import conclude as conclude
     from .run import train as train
+    from .submission import check_labels as check_labels
     from .submission import read_results as read_results
     from .submission import score_results as score_results
     from .submission import write_results as write_results

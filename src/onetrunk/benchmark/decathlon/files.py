@@ -80,6 +80,10 @@ class Archive(abc.ABC):
     where: Path
 
     @abc.abstractmethod
+    def first(self) -> str | None:
+        """The name of one of its files; None where it has none."""
+
+    @abc.abstractmethod
     def __contains__(self, name: object) -> bool:
         """Whether there is a regular file of that name."""
 
@@ -95,6 +99,9 @@ class FolderArchive(Archive):
         self.where, self._data = data / name, data
         self._names = set(_files_below(self.where, f"{name}/"))
 
+    def first(self) -> str | None:
+        return min(self._names, default=None)
+
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
@@ -108,6 +115,9 @@ class TarArchive(Archive):
     def __init__(self, path: Path) -> None:
         self.where = path
         self._places = _tar_places(path)
+
+    def first(self) -> str | None:
+        return min(self._places, default=None)
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -379,10 +389,14 @@ def _check_all_there(files: DomainFiles) -> None:
     names = (*files.train.names, *files.val.names, *files.test.names)
     missing = [name for name in names if name not in files.archive]
     if missing:
+        what = "it may have been cut short."
+        if len(missing) == len(names):
+            has = files.archive.first()
+            what = f"it has {has!r}, say." if has else "it has no image."
         raise DataError(
             f"{files.archive.where} lacks {len(missing)} of the {len(names)} images that the "
             f"annotations of {files.official.name} list, the first {missing[0]!r} (links do not "
-            "count). Copy or unpack the official file again: it may have been cut short."
+            f"count). Copy or unpack the official file again: {what}"
         )
 
 

@@ -42,7 +42,8 @@ class Report:
     Args:
         domains: one result each.
         backbone, adapter, recipe, train_on: how they were trained, as written.
-        results: the file to submit.
+        results: the file to submit, or its beginning.
+        answered: the domains that it has answers for, from this run or an earlier one.
     """
 
     domains: tuple[DomainResult, ...]
@@ -51,6 +52,12 @@ class Report:
     recipe: str
     train_on: str
     results: str
+    answered: tuple[str, ...] = ()
+
+    @property
+    def lacking(self) -> tuple[str, ...]:
+        """Domains without answers: a submission has none."""
+        return tuple(name for name in DOMAINS if name not in self.answered)
 
     @property
     def measured_on(self) -> Literal["test", "val"] | None:
@@ -114,6 +121,7 @@ class Report:
             "recipe": self.recipe,
             "train_on": self.train_on,
             "results": self.results,
+            "lacking": list(self.lacking),
             "measured_on": self.measured_on,
             "mean_accuracy": self.mean_accuracy,
             "score": self.score,

@@ -13,6 +13,7 @@ code; as they share nothing that learns, the networks are those of training one 
 for bit. (There, an epoch ends with the smallest domain; here each sees all of its images.)
 """
 
+import dataclasses
 import hashlib
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -24,7 +25,7 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
-from ...bank.bank import Bank, Card
+from ...bank.bank import Bank, Card, is_bank
 from ...bank.folder import UNFINISHED
 from ...core.adapters import Family
 from ...core.attach import attach
@@ -35,10 +36,11 @@ from ...training.evaluate import logits_of
 from ...training.examples import Examples, Progress
 from ...training.fit import Step, fit
 from ...training.recipe import RELEASED, Recipe
+from .domains import DOMAINS
 from .files import Devkit, DomainFiles
 from .protocol import as_released, evaluation_examples, preprocessing, training_examples
 from .report import DomainResult, Report
-from .submission import read_results, score_results, write_results
+from .submission import read_results, score_answers, write_results
 
 RESULTS = "results.json"
 
@@ -106,12 +108,8 @@ def train(
         TrainingError: as `fit`.
     """
     folder = _folder(work)
-    bank = _bank(folder, backbone)
-    waiting = [
-        files
-        for name, files in devkit.domains.items()
-        if not _is_finished(bank, folder, files, settings)
-    ]
+    bank = Bank.open_or_create(folder / "bank", backbone)
+    waiting = _waiting(devkit, bank, settings, folder)
     limit = MEMORY_LIMIT_BYTES // max(1, len(waiting)) if settings.joint else MEMORY_LIMIT_BYTES
     with ExitStack() as stack:
         trainings = [
@@ -121,10 +119,31 @@ def train(
         yield from (_taking_turns if settings.joint else _in_order)(trainings)
 
 
+def steps_left(devkit: Devkit, settings: Settings, work: PathLike) -> dict[str, int]:
+    """Steps of the domains that `train` would train, as if each began anew.
+
+    Raises:
+        BankError: where a domain was trained in another way.
+    """
+    folder = _folder(work)
+    path = folder / "bank"
+    bank = Bank.open(path) if is_bank(path) else None
+    waiting = devkit.domains.values() if bank is None else _waiting(devkit, bank, settings, folder)
+    return {
+        files.official.name: settings.recipe.n_steps(len(files.rows(settings.train_on)))
+        for files in waiting
+    }
+
+
+def _waiting(devkit: Devkit, bank: Bank, settings: Settings, folder: Path) -> list[DomainFiles]:
+    every = devkit.domains.values()
+    return [files for files in every if not _is_finished(bank, folder, files, settings)]
+
+
 def conclude(
     devkit: Devkit, settings: Settings, work: PathLike, *, labels: PathLike | None = None
 ) -> Report:
-    """Writes `results.json` in `work` and reports on the domains of `devkit`.
+    """Writes `results.json` in `work`, for every domain finished there; reports on `devkit`'s.
 
     Args:
         labels: a folder with `<name>_test.json`, to score the test answers.
@@ -146,8 +165,11 @@ def conclude(
                 "Remove it, and run again."
             )
         answers |= own
+    accuracies = {} if labels is None else score_answers(answers, labels).accuracies
+    others = [n for n in DOMAINS if n in bank.domains and n not in devkit.domains]
+    for name in (answered := [n for n in others if _predictions(folder, n).exists()]):
+        answers |= read_results(_predictions(folder, name))
     write_results(folder / RESULTS, answers)
-    accuracies = {} if labels is None else score_results(folder / RESULTS, labels).accuracies
     cards = {name: bank.domains[name] for name in devkit.domains}
     return Report(
         tuple(
@@ -159,6 +181,7 @@ def conclude(
         str(settings.recipe),
         settings.train_on,
         str(folder / RESULTS),
+        tuple(n for n in DOMAINS if n in devkit.domains or n in answered),
     )
 
 
@@ -208,15 +231,17 @@ def _train_one(
     val = None
     if settings.train_on == "train":
         val = _for_evaluation(files, "val", limit, progress)
+    test = _for_evaluation(files, "test", limit, progress)  # read before the training, not after
+    # the texts give a decay to a domain, by its training images; trained on more, it is the same
+    decay = settings.recipe.adapter_decay(len(files.train))
+    recipe = dataclasses.replace(settings.recipe, decay_adapter=decay, decay_by_size=())
     checkpoint = bank.path / UNFINISHED / f"{name}.safetensors"
-    steps = fit(
-        model, data, settings.recipe, val=val, checkpoint=checkpoint, device=settings.device
-    )
+    steps = fit(model, data, recipe, val=val, checkpoint=checkpoint, device=settings.device)
     with closing(cast(Generator[Step, None, None], steps)):
         for step in steps:
             yield name, step
     metrics = {} if val is None else {"val_accuracy": _accuracy(model, val)}
-    _answer(model, files, limit, _predictions(folder, name), progress)
+    _answer(model, files, test, _predictions(folder, name))
     bank.add(
         name,
         model.to(next(bank.backbone.parameters()).device),
@@ -249,11 +274,9 @@ def _found(model: nn.Module, examples: Examples) -> torch.Tensor:
     return logits_nc.argmax(1)
 
 
-def _answer(
-    model: nn.Module, files: DomainFiles, limit: int, path: Path, progress: Progress | None
-) -> None:
+def _answer(model: nn.Module, files: DomainFiles, test: Examples, path: Path) -> None:
     """Writes the answers of `model` to the domain's test images."""
-    labels = _found(model, _for_evaluation(files, "test", limit, progress)).tolist()
+    labels = _found(model, test).tolist()
     categories = [files.category_ids[label] for label in labels]
     write_results(path, dict(zip(files.test.ids, categories, strict=True)))
 
@@ -265,13 +288,6 @@ def _folder(work: PathLike) -> Path:
     except OSError as error:
         raise BankError(f"{folder} cannot be made or used: {reason(error)}") from error
     return folder
-
-
-def _bank(folder: Path, backbone: nn.Module) -> Bank:
-    path = folder / "bank"
-    if path.exists() and any(path.iterdir()):
-        return Bank.open(path, backbone)
-    return Bank.create(path, backbone)
 
 
 def _predictions(folder: Path, name: str) -> Path:

@@ -7,7 +7,9 @@ domain and 2500 in all. The exponent rewards the last errors: near 0.993 on gtsr
 is worth 35.
 """
 
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 
 from ...errors import DataError
 from .domains import DOMAINS, E_MAX, checked_names
@@ -51,18 +53,20 @@ def points(accuracies: Accuracies) -> dict[str, float]:
     return {name: _points(name, accuracy) for name, accuracy in pairs}
 
 
-def _points(name: str, accuracy: float) -> float:
-    number = isinstance(accuracy, int | float) and not isinstance(accuracy, bool)
-    if not number or not 0 <= accuracy <= 1:
+def _points(name: str, accuracy: object) -> float:
+    known = _number(accuracy)
+    if not 0 <= known <= 1:
+        per_cent = f" If it is in per cent, divide by 100: {known / 100:g}." if known > 1 else ""
         raise DataError(
             f"accuracy {accuracy!r} of {name!r}: an accuracy is a number from 0 to 1."
-            + (_in_per_cent(accuracy) if number else "")
+            + (per_cent if known <= 100 else "")
         )
-    error = 1 - accuracy
+    error = 1 - known
     return 1000 * (max(0.0, E_MAX[name] - error) / E_MAX[name]) ** 2
 
 
-def _in_per_cent(accuracy: float) -> str:
-    if not 1 < accuracy <= 100:
-        return ""
-    return f" If it is in per cent, divide by 100: {accuracy / 100:g}."
+def _number(value: object) -> float:
+    """A real number, NumPy's too, as a float; NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    return float(value)

@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ...errors import DataError
 from ...files import PathLike, read_checked, reason, write_atomically
 from .domains import BY_PREFIX, DOMAINS, IDS_A_DOMAIN
-from .files import read_labels, repeated
+from .files import Devkit, read_labels, repeated
 from .scoring import points, score
 
 MAX_BYTES = 256 << 20  # the ten test sets make about 8 MB
@@ -91,13 +91,34 @@ def score_results(path: PathLike, labels: PathLike) -> Scored:
     Raises:
         DataError: where a file is missing or damaged, or ids are missing or strange.
     """
-    by_domain = _by_domain(read_results(path), path)
+    return score_answers(read_results(path), labels, path)
+
+
+def score_answers(
+    answers: Mapping[int, int], labels: PathLike, source: PathLike = "the answers"
+) -> Scored:
+    """The same of answers, image id -> category id, that `source` names in the messages."""
+    by_domain = _by_domain(answers, source)
     accuracies = {
-        name: _accuracy(name, by_domain[name], read_labels(labels, name), path)
+        name: _accuracy(name, by_domain[name], read_labels(labels, name), source)
         for name in DOMAINS
         if name in by_domain
     }
     return Scored(accuracies, points(accuracies))
+
+
+def check_labels(devkit: Devkit, labels: PathLike) -> None:
+    """Looks at the labels before the work that they are for.
+
+    Raises:
+        DataError: where a domain's file is missing or damaged, or labels other images.
+    """
+    for name, files in devkit.domains.items():
+        if read_labels(labels, name).keys() != set(files.test.ids):
+            raise DataError(
+                f"{Path(labels) / f'{name}_test.json'} does not label exactly the images of "
+                f"{name}_test_stripped.json. Take both from the same official files."
+            )
 
 
 def _read(path: Path) -> list[_Answer]:
@@ -123,6 +144,12 @@ def _by_domain(answers: Mapping[int, int], path: PathLike) -> dict[str, dict[int
             raise DataError(
                 f"{path} answers image {image}, which is of no domain: ids are 1 to 10 times 10**7 "
                 "and more. Take the ids from the test annotations."
+            )
+        if category // IDS_A_DOMAIN != official.prefix:
+            raise DataError(
+                f"{path} answers image {image} of {official.name} with category {category}, and "
+                f"those of {official.name} are {official.prefix} times 10**7 and more. Give the "
+                "annotations' category ids, no class indices."
             )
         found.setdefault(official.name, {})[image] = category
     return found
