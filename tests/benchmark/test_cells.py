@@ -16,10 +16,11 @@ import onetrunk.benchmark.cells as cells_module
 from onetrunk.bank.bank import Bank
 from onetrunk.bank.names import is_name
 from onetrunk.benchmark import protocol
-from onetrunk.benchmark.cells import Cell, Trunk, bank_name, run_cell, subset
+from onetrunk.benchmark.cells import Cell, Trunk, bank_name, bank_path, run_cell, subset
 from onetrunk.benchmark.ledger import Ledger
 from onetrunk.benchmark.methods import read_method
 from onetrunk.benchmark.protocol import Protocol, Tuning
+from onetrunk.benchmark.report import read_rows
 from onetrunk.benchmark.study import Study, domains_in, known, run
 from onetrunk.data import load
 from onetrunk.errors import DataError, DivergedError, TrainingError
@@ -276,15 +277,39 @@ def make_study(domains, tmp_path):
     return made
 
 
-def test_a_study_compresses_what_it_trained_and_tells_what_it_could_not(make_study):
+def test_a_compression_of_what_nobody_trains_is_refused_before_the_work(make_study, tmp_path):
+    study = make_study("head", "compress(of='series', keep=0.5)")
+    with pytest.raises(DataError, match=r"needs domains trained with series.*Add 'series' to --me"):
+        run(study)
+    assert not Ledger(tmp_path).read()
+
+
+def test_a_compression_of_a_training_that_failed_says_so(make_study, monkeypatch):
+    def broken(cell, *_args):
+        raise DataError(f"{cell.domain} is broken")
+
+    monkeypatch.setattr("onetrunk.benchmark.study.run_cell", broken)
+    failures = run(make_study("series", "compress(of='series', keep=0.5)")).failures
+    assert "and the training of 'shades' failed" in failures[-1] and len(failures) == 3
+
+
+def test_a_record_says_how_long_its_training_was(make_study):
+    epochs = {r["method"]: r["epochs"] for r in run(make_study("head", "norm")).records}
+    assert epochs == {"head": None, "norm": TINY.n_epochs(16)}
+    longer = dataclasses.replace(TINY, least_steps=7)
+    study = make_study("norm")
+    study = dataclasses.replace(study, trunks=((TRUNK, longer),))
+    assert [r["epochs"] for r in run(study).records] == [4, 4]
+
+
+def test_a_study_compresses_what_it_trained(make_study):
     study = make_study(
         "parallel", "compress(of='parallel', keep=0.5)", "svd(of='parallel', keep=0.5)",
-        "compress(of='series', keep=0.5)",
     )  # fmt: skip
     outcome = run(study)
     assert [r["method"] for r in outcome.records].count("compress(of='parallel', keep=0.5)") == 2
-    assert len(outcome.failures) == 1
-    assert "needs domains trained with series" in outcome.failures[0]
+    assert not outcome.failures
+    assert {row.place for row in read_rows(outcome.records)} == set(study.places())
     by_method = {record["method"]: record for record in outcome.records}
     joint = by_method["compress(of='parallel', keep=0.5)"]
     alone = by_method["svd(of='parallel', keep=0.5)"]
@@ -343,6 +368,13 @@ def test_a_compression_is_of_the_cells_own_networks(make_study, monkeypatch):
         file.write_text("\n".join(kept) + "\n")
     assert not run(study).failures
     assert [cell.domain for cell in again] == ["stripes"]
+
+
+def test_a_creation_of_the_studys_bank_that_was_killed_is_in_nobodys_way(make_study):
+    study = make_study("parallel")
+    cell = study.cells()[0]
+    (bank_path(study.work, cell) / "blobs").mkdir(parents=True)
+    assert not run(study).failures
 
 
 def test_what_is_not_ours_fails_one_cell_and_not_the_study(make_study, monkeypatch):

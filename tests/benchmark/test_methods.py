@@ -16,6 +16,14 @@ FORMS = (
 )  # fmt: skip
 
 
+def test_equal_methods_have_one_form():
+    assert str(read_method(" full() ")) == "full"
+    assert str(read_method("lora( like = 'lowrank( rank = 4 )' )")) == FORMS[12].replace(
+        "parallel", "lowrank(rank=4)"
+    )
+    assert str(read_method("svd(of='parallel()', keep=0.5)")) == "svd(of='parallel', keep=0.5)"
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_method_is_written_as_it_is_read(form):
     assert str(read_method(form)) == form

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from onetrunk.benchmark.report import MethodLabel, read_rows, require_extra
-from onetrunk.benchmark.report.look import looks, picture, place_labels
+from onetrunk.benchmark.report.look import Canvas, looks, picture, place_labels
 from onetrunk.benchmark.report.pictures import (
     _legend,
     accuracy_against_parameters,
@@ -115,6 +115,50 @@ def test_labels_cover_neither_one_another_nor_the_points():
     for i, box in enumerate(boxes):
         assert box.count_overlaps(boxes[:i]) == 0
         assert not any(box.contains(x, y) for x, y in places)
+
+
+def test_a_label_is_nearest_to_its_own_point():
+    pair = [(3.0, 1.5, "joint", "black"), (3.1, 1.51, "alone", "black")]
+    points = [(1.0, 1.0, "lowest", "black"), *pair, (5.0, 2.0, "highest", "black")]
+    with picture(8, 5) as canvas:
+        axes = canvas.figure.subplots()
+        axes.plot([p[0] for p in points], [p[1] for p in points], "o")
+        place_labels(axes, points)
+        renderer = canvas.figure.canvas.get_renderer()
+        boxes = {text.get_text(): text.get_window_extent(renderer) for text in axes.texts}
+        at = {text: axes.transData.transform((x, y)) for x, y, text, _ in points}
+    for text, box in boxes.items():
+        gap = {
+            name: np.hypot(x - np.clip(x, box.x0, box.x1), y - np.clip(y, box.y0, box.y1))
+            for name, (x, y) in at.items()
+        }
+        assert min(gap, key=gap.get) == text
+
+
+def test_a_bar_ends_inside_the_frame(table, monkeypatch):
+    rows = read_rows(
+        {**row, "test_accuracy": 0.5 + 0.4 * row["seed"]} for row in table(seeds=[0, 1])
+    )
+    monkeypatch.setattr(Canvas, "png", lambda canvas: canvas.figure)
+    axes = accuracy_against_parameters(summarise(rows, METHODS), LOOKS).axes[0]
+    low, high = axes.get_ylim()
+    ends = [y for bar in axes.containers for y in bar.lines[2][0].get_segments()[0][:, 1]]
+    assert ends and low < min(ends) and max(ends) < high
+
+
+def test_the_change_by_layer_has_a_line_where_only_some_layers_change(row, monkeypatch):
+    changes = {"a": 0.1, "b": 0.0, "c": 0.2, "d": 0.0}
+    rows = read_rows(row("full", domain, 0, site_change=changes) for domain in ("signs", "faces"))
+    monkeypatch.setattr(Canvas, "png", lambda canvas: canvas.figure)
+    axes = change_by_layer(rows, LOOKS).axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[0, 0.1], [2, 0.2]]
+    assert len(axes.collections) == 1
+
+
+def test_no_two_methods_look_alike():
+    names = [MethodLabel(f"m{n}", f"m{n}", "adapters") for n in range(20)]
+    found = looks([*names, *METHODS]).values()
+    assert len({(look.colour, look.marker) for look in found}) == 20 + len(METHODS)
 
 
 def test_a_group_shares_a_colour_a_method_has_its_own_marker_and_fine_tuning_is_black():

@@ -44,12 +44,17 @@ def test_a_method_that_the_table_does_not_name_comes_last(row):
 
 def test_missing_cells_are_named_by_domain_and_a_whole_table_has_none(table):
     rows = read_rows(table(["full", "head"], ["flowers", "signs"], range(3)))
-    assert missing(rows, METHODS) == []
+    expected = [row.place for row in rows]
+    assert missing(rows, METHODS, expected) == []
     fewer = [row for row in rows if row.method != "head" or (row.domain, row.seed) < ("signs", 1)]
-    (line,) = missing(fewer, METHODS)
+    (line,) = missing(fewer, METHODS, expected)
     assert line == "mini, resnet26(width=0.5): Probe lacks 2 of 6 cells (signs 2)"
-    (line,) = missing([row for row in rows if row.method == "full"], METHODS)
+    (line,) = missing([row for row in rows if row.method == "full"], METHODS, expected)
     assert line.endswith("Probe lacks 6 of 6 cells (all)")
+    lone = ("mini", "timm:resnet18", "series", "signs", 0, None)  # of a backbone without a row
+    assert missing(rows, METHODS, [*expected, lone]) == [
+        "mini, timm:resnet18: series lacks 1 of 1 cell (all)"
+    ]
 
 
 def test_the_facts_say_how_the_table_came_about(table):

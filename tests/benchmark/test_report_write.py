@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from onetrunk.benchmark.report import MethodLabel, write_report
+from onetrunk.benchmark.report import MethodLabel, read_rows, write_report
 from onetrunk.errors import DataError, MissingExtraError
 
 METHODS = [
@@ -49,6 +49,19 @@ def rows(table):
 @pytest.fixture(scope="module")
 def files(rows, tmp_path_factory):
     return written(rows, tmp_path_factory.mktemp("report") / "new" / "folder")
+
+
+def test_what_is_missing_is_listed_with_the_reasons(rows, tmp_path):
+    expected = [("mini", rows[0]["backbone"], "head", "gone", 0, None)]
+    write_report(
+        rows, METHODS, tmp_path, "A study", COMMAND, expected, ["left out: head gone: no test"]
+    )
+    said = json.loads((tmp_path / "results.json").read_text())["missing"]
+    assert said == [
+        f"mini, {rows[0]['backbone']}: Probe lacks 1 of 1 cell (all)",
+        "left out: head gone: no test",
+    ]
+    assert all(line in (tmp_path / "table.md").read_text() for line in said)
 
 
 def test_the_report_is_whole_and_its_pictures_are_pngs(files):
@@ -105,7 +118,9 @@ def test_the_figures_of_the_json_are_those_of_the_table(files):
 
 
 def test_what_is_missing_stands_above_the_tables(rows, tmp_path):
-    files = written(rows[:-1], tmp_path)
+    expected = [row.place for row in read_rows(rows)]
+    write_report(rows[:-1], METHODS, tmp_path, "A study", COMMAND, expected)
+    files = {path.name: path for path in tmp_path.iterdir()}
     line = "mini, resnet26(width=0.5): Fine-tuning lacks 1 of 4 cells (faces 1)"
     assert line in Page(files["report.html"].read_text()).text
     assert line in files["table.md"].read_text()

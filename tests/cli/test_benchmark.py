@@ -63,6 +63,8 @@ def test_recorded_steps_without_a_gpu_are_told_of_cell_by_cell(run, domains, tmp
         (("mini", "--domains", "cats"), 1, "has no domain 'cats'"),
         (("mini", "--seeds", "one"), 2, "no list of whole numbers"),
         (("mini", "--methods", " ; "), 2, "it names no method"),
+        (("mini", "--seeds", ""), 2, "no list of whole numbers"),
+        (("transfer", "--per-class", ","), 2, "no list of whole numbers"),
         (
             ("mini", "--backbone", "timm:resnet81", "--methods", "head"),
             1,

@@ -105,11 +105,12 @@ def run_cell(cell: Cell, ledger: Ledger, work: Path) -> dict[str, Any]:
     if method == Placed(Head()):
         model = probed(setting)
         facts: dict[str, Any] = {"trials": [], "lr": None, "decay": None, "norm_statistics": None}
+        facts["epochs"] = None  # to its optimum
     else:
         model, facts = _tuned(cell, method, setting, ledger, work)
     record = {
-        **facts,
         **figures(cell, model, setting),
+        **facts,
         "n_train": len(setting.train),
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -143,7 +144,7 @@ def figures(cell: Cell, model: nn.Module, setting: Setting) -> dict[str, Any]:
         "seed": cell.seed,
         "per_class": cell.protocol.per_class,
         "size_px": cell.protocol.size_px,
-        "epochs": cell.protocol.epochs,
+        "epochs": cell.protocol.n_epochs(len(setting.train)),
         "val_accuracy": evaluate(model, setting.val).accuracy,
         "test_accuracy": evaluate(model, _data(cell, "test", setting.preprocessing)).accuracy,
         **numbers,

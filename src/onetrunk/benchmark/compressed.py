@@ -43,7 +43,7 @@ def run_compressed(cells: list[Cell], ledger: Ledger, work: Path) -> list[dict[s
     method = read_method(cells[0].method)
     assert isinstance(method, Compressed)
     settings = {cell.domain: setting_of(cell) for cell in cells}
-    tunings, models = _trained(cells, method, ledger, work, settings[cells[0].domain].backbone)
+    tunings, models = _trained(cells, ledger, work, settings[cells[0].domain].backbone)
     made, shared = _compressed(models, method, settings)
     seconds = (time.monotonic() - started) / len(cells)
     records = []
@@ -63,19 +63,26 @@ def compressed_key(cell: Cell, cells: list[Cell]) -> str:
     return digest_of({**cell.configuration(), "with": sorted(c.domain for c in cells)})
 
 
+def source_of(cell: Cell) -> Cell:
+    """The cell whose network is compressed in this one."""
+    method = read_method(cell.method)
+    assert isinstance(method, Compressed)
+    return dataclasses.replace(cell, method=method.of)
+
+
 def _trained(
-    cells: list[Cell], method: Compressed, ledger: Ledger, work: Path, backbone: nn.Module
+    cells: list[Cell], ledger: Ledger, work: Path, backbone: nn.Module
 ) -> tuple[dict[str, Tuning], dict[str, nn.Module]]:
     """How the domains were trained, and their networks: trained again where only the record was
     kept.
     """
-    sources = [dataclasses.replace(cell, method=method.of) for cell in cells]
+    sources = [source_of(cell) for cell in cells]
     known, path = ledger.read(), bank_path(work, sources[0])
     for source in sources:
         if source.key not in known:
             raise DataError(
-                f"{cells[0].method} needs domains trained with {method.of}, and "
-                f"{source.domain!r} is not. Add {method.of!r} to --methods."
+                f"{cells[0].method} needs domains trained with {source.method}, and the training "
+                f"of {source.domain!r} failed."
             )
         if not _holds(path, source):
             train_again(source, ledger, work)

@@ -207,6 +207,15 @@ def read_method(text: str) -> Method:
         reason = str(error).split(") ")[-1]
         raise SpecError(f"method {text!r}: {reason}.") from None
     _check(method, text)
+    return _in_one_form(method)
+
+
+def _in_one_form(method: Method) -> Method:
+    """`of` and `like` as their methods write themselves, so that equal methods are equal."""
+    if isinstance(method, Lora):
+        return dataclasses.replace(method, like=str(read_method(method.like)))
+    if isinstance(method, Compressed):
+        return dataclasses.replace(method, of=str(read_method(method.of)))
     return method
 
 

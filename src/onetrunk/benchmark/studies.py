@@ -15,7 +15,7 @@ from ..core.plan import default_family
 from ..core.trace import trace
 from ..errors import TrainingError
 from .cells import Trunk, backbone_of
-from .methods import Compressed, read_method
+from .methods import Compressed, Lora, read_method
 from .protocol import FULL, SMALL, Protocol
 from .report import MethodLabel
 from .study import Study, domains_in
@@ -110,9 +110,20 @@ def default_adapter(trunk: Trunk) -> str:
 
 
 def shown(methods: Sequence[str]) -> list[MethodLabel]:
-    """The methods as a report shows them: their written form and the group of their colour."""
+    """The methods as a report shows them: their written form and the group of their colour.
+
+    >>> [method.label for method in shown(["full", "svd(of='series', keep=0.5)"])]
+    ['fine-tuning', 'compressed alone, keep 0.5']
+    """
+    short = {method: _label(method) for method in methods}
+    often = {label for label in short.values() if list(short.values()).count(label) > 1}
     return [
-        MethodLabel(str(method), _label(method), read_method(method).group) for method in methods
+        MethodLabel(
+            method,
+            f"{label} ({_apart(method)})" if label in often else label,
+            read_method(method).group,
+        )
+        for method, label in short.items()
     ]
 
 
@@ -130,9 +141,17 @@ def _label(method: str) -> str:
     read = read_method(method)
     if isinstance(read, Compressed):
         kind = "alone" if read.alone else "joint"
-        side = "" if read.alone or read.share == Compressed.share else f" by {read.share}"
+        side = "" if read.share == Compressed.share else f" by {read.share}"
         return f"compressed {kind}{side}, keep {read.keep:g}"
     return LABELS.get(method, method)
+
+
+def _apart(method: str) -> str:
+    """What tells a method from others with its label."""
+    read = read_method(method)
+    if isinstance(read, Compressed):
+        return read.of if read.weighted else f"{read.of}, unweighted"
+    return read.like if isinstance(read, Lora) else method
 
 
 def _written(name: str, **fields: object) -> str:
@@ -142,14 +161,14 @@ def _written(name: str, **fields: object) -> str:
 def _study(
     name: str, wish: Wish, trunk: Trunk, methods: Sequence[str], protocol: Protocol | None = None
 ) -> Study:
-    found = domains_in(wish.data, wish.domains)
+    found = tuple(dict.fromkeys(domains_in(wish.data, wish.domains)))
     return Study(
         name=name,
         data=wish.data,
         trunks=((trunk, protocol or _protocol(trunk, wish.full)),),
         domains=found if wish.domains else tuple(d for d in found if d != BASE),
-        methods=tuple(methods),
-        seeds=wish.seeds,
+        methods=tuple(dict.fromkeys(str(read_method(method)) for method in methods)),
+        seeds=tuple(dict.fromkeys(wish.seeds)),
         work=wish.out,
         graphed=wish.graphed,
     )

@@ -7,18 +7,20 @@ two threads. What fails is told at the end with its reason; what was finished st
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, OnetrunkError
 from .cells import Cell, Trunk, run_cell
-from .compressed import compressed_key, run_compressed
+from .compressed import compressed_key, run_compressed, source_of
 from .ledger import Ledger
 from .methods import Compressed, read_method
 from .protocol import Protocol
+from .report import Place
 
 Progress = Callable[[int, int, str], None]
 
@@ -65,6 +67,14 @@ class Study:
             if isinstance(read_method(method), Compressed)
         ]
 
+    def places(self) -> list[Place]:
+        """What a report of the study has rows for once every cell is finished."""
+        return [
+            (self.name, str(cell.trunk), cell.method, cell.domain, cell.seed,
+             cell.protocol.per_class)
+            for cell in (*self.cells(), *chain.from_iterable(self.compressions()))
+        ]  # fmt: skip
+
     def _cell(self, trunk: Trunk, domain: str, method: str, seed: int, protocol: Protocol) -> Cell:
         return Cell(self.name, trunk, str(self.data), domain, method, seed, protocol, self.graphed)
 
@@ -109,6 +119,7 @@ def run(study: Study, workers: int = 1, progress: Progress | None = None) -> Out
         read_method(method)
     outcome, ledger = Outcome(), Ledger(study.work)
     cells, compressions = study.cells(), study.compressions()
+    _refuse_lone_compressions(study, {cell.key for cell in cells} | ledger.read().keys())
     of_seeds = {seed: [[cell] for cell in cells if cell.seed == seed] for seed in study.seeds}
     total = len(cells) + sum(len(cells) for cells in compressions)
     done = 0
@@ -122,6 +133,17 @@ def run(study: Study, workers: int = 1, progress: Progress | None = None) -> Out
             if progress is not None:
                 progress(min(done, total), total, note)
     return outcome
+
+
+def _refuse_lone_compressions(study: Study, keys: Collection[str]) -> None:
+    for group in study.compressions():
+        missing = [cell.domain for cell in group if source_of(cell).key not in keys]
+        if missing:
+            of = source_of(group[0]).method
+            raise DataError(
+                f"{group[0].method} needs domains trained with {of}, and {missing[0]!r} is not. "
+                f"Add {of!r} to --methods."
+            )
 
 
 def known(study: Study) -> list[dict[str, Any]]:

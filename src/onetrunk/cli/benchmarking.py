@@ -152,12 +152,14 @@ def speed(
     from ..benchmark.speed.report import write
 
     require_extra()
+    _check_writable(out)
     screen, before = Screen(as_json), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with screen.bar("speed") as show:
-            groups = _listed(only, ",") or (*GROUPS, MEMORY)
-            records = run_speed(groups, tuple(backbones or SUBJECTS), repeats, out, show)
+            groups = tuple(dict.fromkeys(_listed(only, ","))) or (*GROUPS, MEMORY)
+            subjects = tuple(dict.fromkeys(backbones or SUBJECTS))
+            records = run_speed(groups, subjects, repeats, out, show)
     finally:
         torch.set_num_threads(before)
     files = write(records, out, shlex.join(["onetrunk", *sys.argv[1:]]))
@@ -205,11 +207,13 @@ def _listed(text: str, between: str) -> tuple[str, ...]:
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in _listed(text, ","))
+        if numbers := tuple(int(part) for part in _listed(text, ",")):
+            return numbers
     except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is no list of whole numbers such as 0,1,2", param_hint=option
-        ) from None
+        pass
+    raise typer.BadParameter(
+        f"{text!r} is no list of whole numbers such as 0,1,2", param_hint=option
+    )
 
 
 def _run(name: str, wish: "Wish", workers: int, report_only: bool, screen: Screen) -> None:
@@ -249,7 +253,11 @@ def _run(name: str, wish: "Wish", workers: int, report_only: bool, screen: Scree
     methods = dict.fromkeys(method for study in studies for method in study.methods)
     words = [word for word in sys.argv[1:] if word != "--report-only"]  # which computes nothing
     command = shlex.join(["onetrunk", *words])
-    files = write_report(records, shown(list(methods)), wish.out, f"onetrunk: {name}", command)
+    expected = [place for study in studies for place in study.places()]
+    files = write_report(
+        records, shown(list(methods)), wish.out, f"onetrunk: {name}", command, expected,
+        [f"left out: {failure}" for failure in failures],
+    )  # fmt: skip
     screen.say((wish.out / "table.md").read_text())
     screen.say(f"report {wish.out / 'report.html'}")
     screen.finish(

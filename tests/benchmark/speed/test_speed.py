@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from onetrunk.benchmark.ledger import Ledger
+from onetrunk.benchmark.report.look import Canvas
 from onetrunk.benchmark.report.markdown import table_text
 from onetrunk.benchmark.speed import (
     SUBJECTS,
@@ -108,7 +109,24 @@ def test_forwards_and_mixed_batches_are_timed(subject, tmp_path):
     assert "PEFT set_adapter and split, rank 8" in contests[-1].calls
     assert contests[-1].limits["mix, parallel"] == pytest.approx(1 + 1 / 9, rel=0.05)
     drawn = {c.title: run_rounds(c, 3, Ledger(tmp_path), MACHINE) for c in contests[-2:]}
-    assert mixed_curves(drawn).startswith(PNG)
+    assert mixed_curves("resnet", drawn).startswith(PNG)
+
+
+def test_the_curves_of_mixed_batches_show_every_contestant_and_name_the_backbone(monkeypatch):
+    seconds = {"plain": 1.0, "merged": 0.25, "mix": 1.25}
+    rounds = [{"reference": "plain", "seconds": seconds}] * 3
+    monkeypatch.setattr(Canvas, "png", lambda canvas: canvas.figure)
+    figure = mixed_curves("resnet26, 64 px", {"resnet26, 64 px, 64 of 256 domains": rounds})
+    (axes,) = figure.axes
+    assert axes.get_title(loc="left") == "resnet26, 64 px"
+    for line in axes.lines:
+        assert all(0 <= y <= axes.get_ylim()[1] for y in line.get_ydata())
+    assert [line.get_xdata()[0] for line in axes.lines[:2]] == [256, 256]
+
+
+def test_a_title_says_how_many_of_the_domains_a_batch_can_hold(subject):
+    (contest,) = mixed.contests(subject, batch=2, numbers=(65,))
+    assert contest.title.endswith(", 2 of 65 domains in a batch of 2")
 
 
 def test_several_domains_features_and_banks_are_timed(subject, tmp_path):

@@ -5,7 +5,7 @@ before the study whether the report can be drawn after it.
 """
 
 from .look import require_extra
-from .rows import MethodLabel, Row, read_rows
+from .rows import MethodLabel, Place, Row, read_rows
 from .write import write_report
 
-__all__ = ["MethodLabel", "Row", "read_rows", "require_extra", "write_report"]
+__all__ = ["MethodLabel", "Place", "Row", "read_rows", "require_extra", "write_report"]

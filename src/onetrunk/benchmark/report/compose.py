@@ -14,7 +14,7 @@ from .pictures import (
     change_range,
     transfer_curves,
 )
-from .rows import MethodLabel, Row, with_methods_of
+from .rows import MethodLabel, Place, Row, with_methods_of
 from .summary import REFERENCE, MethodSummary, grouped, summarise
 from .tables import Table, cell_table, choice_table, domain_table, method_table, transfer_tables
 from .transfer import sentence
@@ -53,9 +53,14 @@ class Report:
 
 
 def compose(
-    rows: Sequence[Row], methods: Sequence[MethodLabel], title: str, command: str
+    rows: Sequence[Row],
+    methods: Sequence[MethodLabel],
+    title: str,
+    command: str,
+    expected: Sequence[Place] = (),
+    failures: Sequence[str] = (),
 ) -> Report:
-    """The report of `rows`, a section for each study and backbone.
+    """The report of `rows`, a section for each study and backbone; see `write_report`.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -70,7 +75,7 @@ def compose(
     return Report(
         title=title,
         facts=tuple(facts(rows, command)),
-        missing=tuple(missing(rows, named)),
+        missing=(*missing(rows, named, expected), *failures),
         sections=tuple(sections),
         cells=cell_table(rows, named),
     )

@@ -5,6 +5,7 @@ Matplotlib's own settings stay: each picture is drawn inside `picture`, which pu
 """
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +84,10 @@ def require_extra() -> None:
 
 
 def looks(methods: Sequence[MethodLabel], reference: str = REFERENCE) -> dict[str, Look]:
-    """A look for each method's name: a group's colour, a marker of its own within the group."""
+    """A look for each method's name: a group's colour, a marker of its own within the group.
+
+    Where a group has more methods than there are markers, the rest take colours that no group has.
+    """
     groups = list(dict.fromkeys(method.group for method in methods if method.name != reference))
     n_drawn = dict.fromkeys(groups, 0)
     found = {}
@@ -91,8 +95,9 @@ def looks(methods: Sequence[MethodLabel], reference: str = REFERENCE) -> dict[st
         if method.name == reference:
             found[method.name] = Look(method.label, INK, "*", "-")
             continue
-        colour = PALETTE[groups.index(method.group) % len(PALETTE)]
         place = n_drawn[method.group]
+        own = groups.index(method.group)
+        colour = PALETTE[(own + len(groups) * (place // len(MARKERS))) % len(PALETTE)]
         n_drawn[method.group] += 1
         marker, dashes = MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)]
         found[method.name] = Look(method.label, colour, marker, dashes)
@@ -140,6 +145,7 @@ def place_labels(
         taken.append(Bbox.from_extents(frame.x0, level - 1, frame.x1, level + 1))
     for point in sorted(points, key=lambda point: -point[1]):
         x, y, text, colour = point
+        others = [place for other, place in at.items() if other != point]
         label = axes.annotate(
             text, (x, y), (0, 0), textcoords="offset points", color=colour, fontsize=8.5,
             ha="left", va="bottom", in_layout=False,
@@ -150,7 +156,9 @@ def place_labels(
         free = [
             (box, near)
             for box, near in boxes
-            if not box.count_overlaps(taken) and _inside(box, frame)
+            if not box.count_overlaps(taken)
+            and _inside(box, frame)
+            and all(_distance(box, at[point]) < _distance(box, other) for other in others)
         ]
         box, near = (free or boxes)[0]
         taken.append(box)
@@ -177,6 +185,12 @@ def _places(at: Any, width: float, height: float, per_point: float) -> Iterator[
         ):  # fmt: skip
             box = Bbox.from_bounds(lefts[across], bottoms[upright], width, height)
             yield box, gap_points == 7
+
+
+def _distance(box: Any, at: Any) -> float:
+    """From a point to the nearest place of a box."""
+    x, y = min(max(at[0], box.x0), box.x1), min(max(at[1], box.y0), box.y1)
+    return math.hypot(x - at[0], y - at[1])
 
 
 def _inside(box: Any, frame: Any) -> bool:

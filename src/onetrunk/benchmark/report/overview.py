@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from .rows import MethodLabel, Row
+from .rows import MethodLabel, Place, Row
 from .summary import grouped
 
 N_NAMED = 8  # domains that are named before the rest is counted
@@ -27,25 +27,21 @@ def facts(rows: Sequence[Row], command: str) -> list[tuple[str, str]]:
     return [(name, text) for name, text in found if text]
 
 
-def missing(rows: Sequence[Row], methods: Sequence[MethodLabel]) -> list[str]:
-    """Sentences on the cells that are not there; empty where the table is whole.
-
-    Expected is every method with every domain, seed and number of images a class that any row of
-    the same study and backbone has: what nobody has run yet is not known here.
-    """
-    found = []
-    for (study, backbone), group in grouped(rows, lambda row: (row.study, row.backbone)).items():
-        of_method = grouped(group, lambda row: row.method)
-        places = list(dict.fromkeys(_place(row) for row in group))
-        for method in methods:
-            done = {_place(row) for row in of_method.get(method.name, [])}
-            absent = [place for place in places if place not in done]
-            if absent:
-                which = "all" if not done else _named(absent)
-                found.append(
-                    f"{study}, {backbone}: {method.label} lacks {len(absent)} of "
-                    f"{_n(len(places), 'cell')} ({which})"
-                )
+def missing(
+    rows: Sequence[Row], methods: Sequence[MethodLabel], expected: Sequence[Place]
+) -> list[str]:
+    """Sentences on the cells of `expected` that are not there; empty where the table is whole."""
+    found, done = [], {row.place for row in rows}
+    labels = {method.name: method.label for method in methods}
+    of_method = grouped(expected, lambda place: place[:3])
+    for (study, backbone, method), places in of_method.items():
+        absent = [place for place in places if place not in done]
+        if absent:
+            which = "all" if len(absent) == len(places) else _named(absent)
+            found.append(
+                f"{study}, {backbone}: {labels.get(method, method)} lacks {len(absent)} of "
+                f"{_n(len(places), 'cell')} ({which})"
+            )
     return found
 
 
@@ -62,13 +58,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest_s} s" if minutes else f"{rest_s} s"
 
 
-def _place(row: Row) -> tuple[str, int, int | None]:
-    return row.domain, row.seed, row.per_class
-
-
-def _named(absent: Sequence[tuple[str, int, int | None]]) -> str:
+def _named(absent: Sequence[Place]) -> str:
     """Domains and how many cells of each are missing."""
-    of_domain = grouped(absent, lambda place: place[0])
+    of_domain = grouped(absent, lambda place: place[3])
     names = [f"{domain} {len(places)}" for domain, places in of_domain.items()]
     rest = [f"{len(names) - N_NAMED} more domains"] if len(names) > N_NAMED else []
     return ", ".join([*names[:N_NAMED], *rest])

@@ -30,12 +30,14 @@ def accuracy_against_parameters(
     zero_at = min((share for share in shares if share > 0), default=1.0) / 4
     with picture(8.4, 5.4) as canvas:
         axes = canvas.figure.subplots()
-        points, line_y = [], None
+        points, ends, line_y = [], [], None
         for summary, share in zip(summaries, shares, strict=True):
             look, x, y = looks[summary.method.name], share or zero_at, 100 * summary.accuracy.mean
             whole = len(summary.domains) == n_domains
+            bar = 100 * (summary.accuracy.deviation or 0)
+            ends += [y - bar, y + bar]
             axes.errorbar(
-                x, y, 100 * (summary.accuracy.deviation or 0), color=look.colour,
+                x, y, bar, color=look.colour,
                 marker=look.marker, markersize=12 if look.marker == "*" else 7, elinewidth=1.2,
                 markerfacecolor=look.colour if whole else "white",
             )  # fmt: skip
@@ -45,7 +47,7 @@ def accuracy_against_parameters(
             fewer = "" if whole else f" ({len(summary.domains)} of {n_domains})"
             points.append((x, y, look.label + fewer, look.colour))
         axes.set_xscale("log")
-        _widen(axes, [x for x, *_ in points], [y for _, y, *_ in points])
+        _widen(axes, [x for x, *_ in points], ends)
         _percent_ticks(axes, zero_at if 0 in shares else None)
         axes.set(
             xlabel="numbers a domain adds, % of the backbone (log; without classifiers)",
@@ -141,9 +143,12 @@ def change_by_layer(rows: Sequence[Row], looks: Mapping[str, Look]) -> bytes:
         for name, axes in zip(names, all_axes, strict=True):
             sites, _, change_sd = change_of(of_method[name])
             places = [every_site.index(site) for site in sites]
+            changed = [(place, row[row > 0]) for place, row in zip(places, change_sd, strict=True)]
+            changed = [(place, row) for place, row in changed if row.size]  # a line goes over gaps
+            places = [place for place, _ in changed]
             low, middle, high = (
-                _quantile(change_sd, q) for q in (0.25, 0.5, 0.75)
-            )  # fmt: skip
+                [float(np.quantile(row, q)) for _, row in changed] for q in (0.25, 0.5, 0.75)
+            )
             colour = looks[name].colour
             axes.fill_between(places, low, high, color=colour, alpha=0.22, linewidth=0)
             axes.plot(places, middle, color=colour, linewidth=1.4, marker=".", markersize=4)
@@ -327,7 +332,7 @@ def _small_multiples(
 
 
 def _widen(axes: Any, xs: Sequence[float], ys: Sequence[float]) -> None:
-    """Room for the labels at the points farthest out."""
+    """Room for the labels at the points farthest out; `ys` are the ends of their bars."""
     axes.set_xlim(min(xs) / 2.2, max(xs) * 2.6)
     margin = max(0.12 * (max(ys) - min(ys)), 0.5)
     axes.set_ylim(min(ys) - margin, max(ys) + margin)
@@ -349,12 +354,6 @@ def _percent_ticks(axes: Any, zero_at: float | None) -> None:
         axes.axvline(2 * zero_at, color=FAINT, linewidth=0.8, linestyle=":")
     axes.set_xticks(ticks, names)
     axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _quantile(change_sd: Any, q: float) -> list[float]:
-    """Of each site over the domains that change it; NaN, which is not drawn, where none does."""
-    changed = [row[row > 0] for row in change_sd]
-    return [float(np.quantile(row, q)) if row.size else math.nan for row in changed]
 
 
 def _stage_starts(sites: Sequence[str]) -> list[int]:

@@ -16,7 +16,8 @@ from onetrunk.errors import DataError
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Key = tuple[str, str, str, str, int, int | None]
+Place = tuple[str, str, str, str, int, int | None]
+"""What a cell is of: study, backbone, method, domain, seed, images a class."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class Row:
         return any(change > 0 for change in (self.site_change or {}).values())
 
     @property
-    def key(self) -> Key:
-        """What makes the cell this one and no other."""
+    def place(self) -> Place:
+        """The cell that it is of."""
         return (
             self.study, self.backbone, self.method, self.domain, self.seed, self.per_class,
         )  # fmt: skip
@@ -104,7 +105,7 @@ def read_rows(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
     [0.8]
     """
     read = (_read(place, row) for place, row in enumerate(rows, 1))
-    return list({row.key: row for row in read}.values())
+    return list({row.place: row for row in read}.values())
 
 
 def with_methods_of(rows: Sequence[Row], methods: Sequence[MethodLabel]) -> list[MethodLabel]:

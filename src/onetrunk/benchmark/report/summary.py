@@ -200,9 +200,9 @@ def common(rows: Sequence[Row], baseline: Sequence[Row]) -> list[tuple[Row, Row]
 def lr_edge(row: Row) -> str | None:
     """'lowest' or 'highest' where the chosen learning rate is the last of those tried.
 
-    A better one may lie beyond.
+    A better one may lie beyond; but not beyond 0, a compressed network that was not tuned.
     """
-    return _edge(row.lr, {trial.lr for trial in row.trials})
+    return _edge(row.lr or None, {trial.lr for trial in row.trials if trial.lr})
 
 
 def decay_edge(row: Row) -> str | None:

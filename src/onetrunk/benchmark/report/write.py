@@ -13,7 +13,7 @@ from .compose import Report, Section, compose
 from .html import page
 from .look import require_extra
 from .markdown import escape, table_text
-from .rows import MethodLabel, Row, read_rows
+from .rows import MethodLabel, Place, Row, read_rows
 
 
 def write_report(
@@ -22,6 +22,8 @@ def write_report(
     out: Path,
     title: str,
     command: str,
+    expected: Sequence[Place] = (),
+    failures: Sequence[str] = (),
 ) -> list[Path]:
     """Writes the report of `rows` into the folder `out`, and returns the files.
 
@@ -31,6 +33,8 @@ def write_report(
         out: made where it is missing; files of an earlier report are replaced, each in one step.
         title: the heading.
         command: the line that repeats the study.
+        expected: the cells of the whole study: those without a row are listed as missing.
+        failures: why some are, a sentence each.
 
     Returns:
         table.md, results.json, the pictures, report.html (which needs none of the others).
@@ -45,7 +49,7 @@ def write_report(
         raise DataError(
             f"report {title!r} has no finished cell to show. Run the study first: {command}"
         )
-    report = compose(read, methods, title, command)
+    report = compose(read, methods, title, command, expected, failures)
     plain = [_plain(row) for row in read]
     contents = {
         "table.md": markdown_text(report).encode(),

@@ -48,7 +48,8 @@ def contests(
                 calls |= _peft(subject, n, x_bchw, index_b)
             except OnetrunkError as error:
                 skipped["PEFT"] = str(error)
-        title = f"{subject.title}, {n} domain{'s' * (n > 1)} in a batch of {batch}"
+        there = f"{batch} of " if n > batch else ""  # a row each: the others wait for their turn
+        title = f"{subject.title}, {there}{n} domain{'s' * (n > 1)} in a batch of {batch}"
         yield Contest("mixed", title, REFERENCE, calls, limits, skipped=skipped)
 
 
@@ -78,7 +79,10 @@ def _one_by_one(subject: Subject, n: int, x_bchw: Tensor, index_b: Tensor) -> Ca
 
 
 def _peft(subject: Subject, n: int, x_bchw: Tensor, index_b: Tensor) -> dict[str, Call]:
-    """PEFT over the same layers, mixed and split by domain; its networks share norms and head."""
+    """PEFT over the same layers, mixed and split by domain; its networks share norms and head.
+
+    At equal rank: its inner factor of a k x k convolution is k x k too, where ours is 1 x 1.
+    """
     library = peft()
     sites = list(domain_of(subject.domain(LowRank(RANK))).plan)
     config = library.LoraConfig(r=RANK, target_modules=sites)

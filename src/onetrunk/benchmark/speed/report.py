@@ -116,11 +116,11 @@ def _reach(ratio: Ratio) -> list[list[float]]:
     return [[ratio.median - ratio.low], [ratio.high - ratio.median]]
 
 
-def mixed_curves(contests: Mapping[str, Rounds]) -> bytes:
-    """Throughput against the plain backbone's, by number of domains in the batch."""
+def mixed_curves(title: str, contests: Mapping[str, Rounds]) -> bytes:
+    """Throughput against the plain backbone's, by number of domains that are mixed."""
     points: dict[str, list[tuple[int, float]]] = {}
-    for title, rounds in contests.items():
-        n_domains = int(title.partition(" domain")[0].rpartition(" ")[2])
+    for contest, rounds in contests.items():
+        n_domains = int(contest.partition(" domain")[0].rpartition(" ")[2])
         for name, ratio in ratios(rounds).items():
             if name != rounds[0]["reference"]:
                 points.setdefault(name, []).append((n_domains, 1 / ratio.median))
@@ -132,8 +132,9 @@ def mixed_curves(contests: Mapping[str, Rounds]) -> bytes:
         numbers = sorted({n for curve in points.values() for n, _ in curve})
         axes.set_xscale("log", base=2)
         axes.set_xticks(numbers, map(str, numbers))
-        axes.set_ylim(0, 1.15)
-        axes.set(xlabel="domains in the batch", ylabel="throughput / plain backbone")
+        axes.set_ylim(0, 1.12 * max(1.0, *(y for curve in points.values() for _, y in curve)))
+        axes.set(xlabel="domains", ylabel="throughput / plain backbone (dashed)")
+        axes.set_title(title, fontsize=10, loc="left")
         axes.legend(fontsize=8)
         return canvas.png()
 
@@ -173,7 +174,7 @@ def write(records: Sequence[Mapping[str, Any]], out: Path, command: str) -> list
         if group == "mixed":
             for title, contests in by_backbone(own).items():
                 files.append(out / f"{_slug(group, title)}.png")
-                write_atomically(files[-1], mixed_curves(contests))
+                write_atomically(files[-1], mixed_curves(title, contests))
     texts = {
         "speed.md": "\n\n".join(parts) + "\n",
         "speed.json": json.dumps(list(records), indent=1),
@@ -192,7 +193,7 @@ def machine_line(records: Sequence[Mapping[str, Any]]) -> str:
         for r in records
         if "machine" in r
     }
-    return "Timed on " + "; ".join(sorted(machines)) + "."
+    return f"Timed on {'; '.join(sorted(machines))}." if machines else "Nothing was timed."
 
 
 def _slug(*words: str) -> str:
