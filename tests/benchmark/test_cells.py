@@ -293,6 +293,13 @@ def test_a_compression_of_a_training_that_failed_says_so(make_study, monkeypatch
     assert "and the training of 'shades' failed" in failures[-1] and len(failures) == 3
 
 
+def test_a_record_counts_the_classes_with_fewer_images_than_were_asked_for(make_study):
+    few, many = (dataclasses.replace(TINY, per_class=n) for n in (4, 50))
+    for protocol, short in ((few, 0), (many, 2)):
+        study = dataclasses.replace(make_study("head"), trunks=((TRUNK, protocol),))
+        assert {r["short_classes"] for r in run(study).records} == {short}
+
+
 def test_a_record_says_how_long_its_training_was(make_study):
     epochs = {r["method"]: r["epochs"] for r in run(make_study("head", "norm")).records}
     assert epochs == {"head": None, "norm": TINY.n_epochs(16)}

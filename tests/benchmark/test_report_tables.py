@@ -91,6 +91,14 @@ def test_the_best_of_a_domain_is_marked(row):
     assert found.best == {(0, 2)}
 
 
+def test_levels_that_classes_cannot_fill_are_named_below_the_table(row):
+    rows = [row("full", "signs", 0, per_class=5), row("full", "faces", 0, per_class=5)]
+    rows.append(row("full", "faces", 0, per_class=25, short_classes=2))
+    notes = transfer_tables(read_rows(rows), METHODS)[0].notes
+    assert notes[-1] == "Classes with fewer than 25 images: faces 2."
+    assert not any("than 5 images" in note for note in notes)
+
+
 def test_a_mean_over_fewer_domains_is_never_marked_as_the_best(row):
     rows = [row("full", d, 0, per_class=5, test_accuracy=0.5) for d in ("signs", "faces")]
     rows += [row("head", d, 0, per_class=5, test_accuracy=0.4) for d in ("signs", "faces")]

@@ -143,6 +143,7 @@ def figures(cell: Cell, model: nn.Module, setting: Setting) -> dict[str, Any]:
         "method": cell.method,
         "seed": cell.seed,
         "per_class": cell.protocol.per_class,
+        "short_classes": short_classes(setting, cell.protocol.per_class),
         "size_px": cell.protocol.size_px,
         "epochs": cell.protocol.n_epochs(len(setting.train)),
         "val_accuracy": evaluate(model, setting.val).accuracy,
@@ -155,6 +156,12 @@ def figures(cell: Cell, model: nn.Module, setting: Setting) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
+
+
+def short_classes(setting: Setting, per_class: int | None) -> int:
+    """Classes that have fewer than `per_class` training images."""
+    counts = setting.train.labels.bincount(minlength=len(setting.classes))
+    return int((counts < (per_class or 0)).sum())
 
 
 def shared_numbers(backbone: nn.Module, head: Iterable[str]) -> int:

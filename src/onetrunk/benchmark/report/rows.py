@@ -45,6 +45,7 @@ class Row:
 
     Args:
         n_train, per_class: training images in all; a class, or None where all were used.
+        short_classes: classes that have fewer images than `per_class`.
         lr, decay, norm_statistics, trials: what was chosen, and what it was chosen from.
         val_accuracy, test_accuracy: in [0, 1].
         numbers, head_numbers: the domain's own adapters and norms; its classifier.
@@ -63,6 +64,7 @@ class Row:
     backbone_numbers: Annotated[int, Field(gt=0)]
     n_train: Count | None = None
     per_class: Annotated[int, Field(gt=0)] | None = None
+    short_classes: Count = 0
     size_px: int | None = None
     epochs: int | None = None
     lr: Finite | None = None

@@ -3,7 +3,7 @@
 Figures are per cent with one decimal, since only a report writes per cent.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .rows import MethodLabel, Row
@@ -285,9 +285,18 @@ def _mean_table(rows: Sequence[Row], shown: Sequence[MethodLabel]) -> Table:
             _spread_note(n_seeds),
             "Marked: the highest of each column, of the methods that have every domain. Beside the "
             "others: how many domains they have.",
+            *_short_notes(rows, columns),
         ),
         best=frozenset(best),
     )
+
+
+def _short_notes(rows: Sequence[Row], columns: Sequence[Level]) -> Iterator[str]:
+    """A sentence on each level that classes of some domains cannot fill."""
+    for level in columns:
+        short = {r.domain: r.short_classes for r in rows if r.per_class == level}
+        if found := [f"{domain} {n}" for domain, n in sorted(short.items()) if n]:
+            yield f"Classes with fewer than {level} images: {', '.join(found)}."
 
 
 def _difference_table(rows: Sequence[Row], shown: Sequence[MethodLabel], reference: str) -> Table:
