@@ -295,8 +295,8 @@ def test_a_compression_of_a_training_that_failed_says_so(make_study, monkeypatch
 
 def test_a_record_counts_the_classes_with_fewer_images_than_were_asked_for(make_study):
     few, many = (dataclasses.replace(TINY, per_class=n) for n in (4, 50))
-    for protocol, short in ((few, 0), (many, 2)):
-        study = dataclasses.replace(make_study("head"), trunks=((TRUNK, protocol),))
+    for limited, short in ((few, 0), (many, 2)):
+        study = dataclasses.replace(make_study("head"), trunks=((TRUNK, limited),))
         assert {r["short_classes"] for r in run(study).records} == {short}
 
 
