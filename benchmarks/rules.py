@@ -28,13 +28,17 @@ from onetrunk.benchmark.report.summary import interval
 RESULTS = Path(__file__).parent / "results" / "rules.jsonl"
 SIZES_PX = {"resnet26(width=0.5)": 32, "timm:tf_efficientnet_lite0": 48}
 DEFAULT = "allocate(budget='1%')"
-METHODS = (
+PLANS = (
     DEFAULT,
     "allocate(budget='1%', by='gradient')",
     "allocate(budget='1%', by='trained')",
-    "allocate(budget='1%', layers='auto')",
     "uniform(budget='1%')",
 )
+POINTWISE = "allocate(budget='1%', layers='auto')"  # ResNet-26 has no other layers than its own
+
+
+def methods(backbone: str) -> tuple[str, ...]:
+    return (*PLANS, POINTWISE) if backbone.startswith("timm:") else PLANS
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,14 @@ def table(backbone: str) -> Iterator[str]:
     """Means over domains and seeds that all have, and each against the default measure."""
     found = {c: row for c, row in known(RESULTS, Cell).items() if c.backbone == backbone}
     seen = sorted({(c.domain, c.seed) for c in found})
-    places = [p for p in seen if all(Cell(backbone, m, *p) in found for m in METHODS)]
+    places = [p for p in seen if all(Cell(backbone, m, *p) in found for m in methods(backbone))]
     n_domains = len({domain for domain, _ in places})
     if n_domains < 2:
         return
     yield f"{backbone}: {n_domains} domains, seeds {sorted({seed for _, seed in places})}"
     yield "| plan | adapters' numbers | accuracy, % | against the default, points | better on |"
     yield "|---|---:|---:|---:|---:|"
-    for method in METHODS:
+    for method in methods(backbone):
         rows = {place: found[Cell(backbone, method, *place)] for place in places}
         gains = list(_gains(rows, {p: found[Cell(backbone, DEFAULT, *p)] for p in places}))
         low, high = interval(gains) or (0.0, 0.0)
@@ -109,7 +113,7 @@ def main() -> None:
         for seed in arguments.seeds.split(",")
         for backbone in backbones
         for domain in domains()
-        for method in METHODS
+        for method in methods(backbone)
     ]
     add_missing(RESULTS, every, arguments.workers)
     for backbone in backbones:

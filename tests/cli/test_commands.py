@@ -1,5 +1,6 @@
 """The commands, as a user meets them: the whole road, --json, and every refusal in one line."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,10 +11,15 @@ import time
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
 import onetrunk as ot
 import onetrunk.backbones
+from onetrunk.backbones import fingerprint, resnet26
+from onetrunk.cli import quickstart
+from onetrunk.errors import BankError
+from onetrunk.files import DISK
 
 VERBS = ("quickstart", "new", "train", "evaluate", "predict", "list", "show", "verify", "remove")
 
@@ -243,7 +249,7 @@ main()
 """
 
 
-def test_stopping_a_training_leaves_the_bank_whole_and_resuming_goes_on(bank, photos):
+def test_stopping_a_training_leaves_the_bank_whole_and_resuming_goes_on(run, bank, photos):
     words = ("train", str(bank), "more", "--data", str(photos), "--no-probe", "--epochs", "3000")
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", LISTENING, *words],
@@ -260,7 +266,82 @@ def test_stopping_a_training_leaves_the_bank_whole_and_resuming_goes_on(bank, ph
     assert err.strip().endswith("A training goes on with --resume.")
     assert list(ot.Bank.open(bank).domains) == ["stripes"]
     assert ot.Bank.open(bank).verify().ok
-    assert (bank / "unfinished" / "more.safetensors").exists()
+    checkpoint = bank / "unfinished" / "more.safetensors"
+    kept = checkpoint.read_bytes()
+    anew = run(*words)
+    assert anew.status == 1 and "is a training of 'more' that was stopped. Go on with" in anew.err
+    assert checkpoint.read_bytes() == kept
+    with DISK.lock(checkpoint.with_suffix(".lock"), 0.0):
+        beside = run(*words, "--resume")
+    assert beside.status == 1 and "'more' is being trained into" in beside.err
+    checkpoint.unlink()
+    assert run(*words[:-1], "1").status == 0
+    assert not checkpoint.parent.exists()
+
+
+def test_a_quickstart_removes_a_bank_of_its_own_only(bank, tmp_path):
+    theirs = fingerprint(ot.Bank.open(bank).backbone)
+    with pytest.raises(BankError, match=r"holds more than a quickstart\. Give"):
+        quickstart._clear(bank, theirs)  # a domain that it did not train
+    empty = ot.Bank.create(tmp_path / "empty", resnet26(width=0.125))
+    with pytest.raises(BankError, match="holds more than a quickstart"):
+        quickstart._clear(empty.path, theirs)  # weights of somebody's own
+    (empty.path / "unfinished").mkdir()
+    (empty.path / "unfinished" / "mine.safetensors").touch()
+    with pytest.raises(BankError, match="holds more than a quickstart"):
+        quickstart._clear(empty.path, empty.backbone_fingerprint)
+    (empty.path / "unfinished" / "mine.safetensors").unlink()
+    quickstart._clear(empty.path, empty.backbone_fingerprint)
+    assert bank.exists() and not empty.path.exists()
+
+
+def test_a_file_is_named_after_its_domain_by_default(run, bank, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("export", bank, "stripes").status == 0
+    assert run("export", bank, "stripes", "--format", "onnx").status == 0
+    assert {path.name for path in tmp_path.iterdir()} >= {"stripes.safetensors", "stripes.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "says"), [("train", "goes on with --resume."), ("compress", "nothing half-written is")]
+)
+def test_ctrl_c_speaks_of_resuming_where_that_can_be_done(run, monkeypatch, verb, says):
+    def stopped(**_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("onetrunk.cli.app.app", stopped)
+    ran = run(verb)
+    assert ran.status == 1 and says in ran.err
+    assert ("--resume" in ran.err) == (verb == "train")
+
+
+def test_a_no_changes_nothing_and_says_so(run, monkeypatch):
+    def declined(**_options):
+        raise typer.Abort
+
+    monkeypatch.setattr("onetrunk.cli.app.app", declined)
+    assert run("remove").err == "error: nothing was changed.\n"
+
+
+def test_what_an_encoding_cannot_say_is_replaced():
+    code = "import onetrunk.cli.app as cli; cli.app = lambda **_: print('\\u2588'); cli.main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stdout) == (0, "?\n"), ran.stderr
+
+
+def test_a_bank_that_cannot_be_written_is_refused_before_the_images_are_read(
+    run, bank, photos, monkeypatch
+):
+    def refused(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr("onetrunk.cli.training.check_writable", refused)
+    ran = run("train", bank, "new", "--data", photos)
+    assert ran.status == 1 and "cannot be written: permission denied" in ran.err
+    assert ran.out == ""
 
 
 def test_every_verb_has_help_with_an_example(run):

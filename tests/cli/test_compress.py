@@ -61,8 +61,8 @@ def test_with_data_it_measures_tunes_and_draws(run, stored, photos, tmp_path):
 def test_a_loss_instead_of_a_size(run, stored, photos, tmp_path):
     out = tmp_path / "b.bank"
     done = run(
-        "compress", stored, "--max-loss", 0.5, "--out", out, "--data", f"stripes={photos}",
-        "--no-picture", "--json",
+        "compress", stored, "--max-loss", 0.5, "--out", out, "--no-picture", "--json",
+        *(f"--data={name}={photos}" for name in ("stripes", "signs", "digits")),
     )  # fmt: skip
     assert done.status == 0, done.err
     row = json.loads(done.out)["domains"]["stripes"]
@@ -85,6 +85,10 @@ def test_a_stop_leaves_nothing(run, stored, tmp_path, monkeypatch):
         ((), "either --keep 0.5 or --max-loss 0.01"),
         (("--keep", 0.5, "--max-loss", 0.1), "either --keep 0.5 or --max-loss 0.01"),
         (("--max-loss", 0.1), "--max-loss needs validation images"),
+        (
+            ("--max-loss", 0.1, "--data", "stripes=x"),
+            "holds for domains whose images are given, and signs, digits have none. Give --data",
+        ),
         (("--max-loss", 0.1, "--uniform"), "--uniform goes with --keep"),
         (("--max-loss", 1, "--data", "stripes=x"), "--max-loss 1: give a share of accuracy from 0"),
         (("--keep", 0.5, "--tune", "stripes"), "write DOMAIN=SOURCE"),

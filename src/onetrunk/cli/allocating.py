@@ -22,7 +22,15 @@ from ..pictures import draw_site_map, need_matplotlib
 from ..training.fit import fit
 from ..training.sensitivity import By, sensitivity
 from .console import Screen, followed
-from .training import Ready, Request, attached, prepare, probe, train_ready
+from .training import (
+    Ready,
+    Request,
+    attached,
+    prepare,
+    probe,
+    refuse_unstartable,
+    train_ready,
+)
 
 MAX_PLAN_BYTES = 1 << 24
 
@@ -50,6 +58,8 @@ def run(bank: Bank, request: Request, wish: Wish, screen: Screen) -> dict[str, A
             _check_writable(file)
     if wish.map is not None:
         need_matplotlib(f"the map {wish.map}")
+    if not wish.plan_only:
+        refuse_unstartable(bank, request)
     ready = prepare(bank, request, screen)
     probed = probe(bank.backbone, ready, request.device, screen)
     found = _measured(bank, request, ready, probed, wish.by, screen)

@@ -4,6 +4,7 @@ Exit status: 0; 1 for a failure, with one line on standard error that says what 
 2 for wrong usage.
 """
 
+import io
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -600,7 +601,9 @@ def export(
     domain: Annotated[
         list[str] | None, typer.Argument(metavar="DOMAIN...", help="One, or several as one ONNX.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("domain.safetensors"),
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; by default DOMAIN.safetensors.")
+    ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Every domain of the bank, as ONNX.")
     ] = False,
@@ -609,7 +612,7 @@ def export(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Images for the check; by default noise."),
+        typer.Option(metavar="SOURCE", help="Images for the check; by default photos."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -730,6 +733,9 @@ def _card_json(card: "Card") -> dict[str, Any]:
 
 def main() -> None:
     """The entry point: errors become one line and an exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in a terminal's or a file's own encoding
+            stream.reconfigure(errors="replace")
     try:
         status = app(standalone_mode=False)
         if status == CTRL_C:
@@ -738,8 +744,11 @@ def main() -> None:
             sys.exit(status)
     except OnetrunkError as error:
         _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped; nothing half-written is left. A training goes on with --resume.")
+    except typer.Abort:
+        _fail("nothing was changed.")
+    except KeyboardInterrupt:
+        resumes = " A training goes on with --resume." if _may_resume() else ""
+        _fail(f"stopped; nothing half-written is left.{resumes}")
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
@@ -752,6 +761,10 @@ def main() -> None:
             error.show()
             sys.exit(error.exit_code)
         raise
+
+
+def _may_resume() -> bool:
+    return any(verb in sys.argv[1:2] for verb in ("train", "allocate", "pretrain"))
 
 
 def _fail(message: str) -> None:

@@ -220,6 +220,13 @@ def _refuse_unknown(request: Request, models: Mapping[str, nn.Module]) -> None:
                 f"data was given for domain {name!r}, which is not among those that are compressed "
                 f"({', '.join(models)}). Leave it out."
             )
+    unseen = [name for name in models if name not in request.data]
+    if request.max_loss is not None and unseen:
+        raise CompressError(
+            f"--max-loss holds for domains whose images are given, and {', '.join(unseen[:6])} "
+            f"{'have' if len(unseen) > 1 else 'has'} none. Give --data for every domain, or say "
+            "how much stays with --keep."
+        )
 
 
 def _parts(model: nn.Module, source: str, screen: Screen) -> Parts:
@@ -276,8 +283,6 @@ def _compressed(
         return compress(models, request.keep, share=request.share, covariances=seen)
 
     def accuracy(name: str, model: nn.Module) -> float:
-        if name not in parts:
-            return 1.0  # nothing is known of it: the others decide
         return _accuracy(model, parts[name].val, f"{name}, looking for the smallest", screen)
 
     return compress_within(

@@ -20,7 +20,7 @@ def run(
     bank: Bank,
     domains: list[str],
     every: bool,
-    out: Path,
+    out: Path | None,
     file_format: str | None,
     source: str | None,
     screen: Screen,
@@ -36,6 +36,8 @@ def run(
         raise ExportError("name the domains to export, or give --all for every domain of the bank.")
     models = {name: bank.load(name) for name in names}
     together = every or len(names) > 1
+    stem = bank.path.stem if together else names[0]
+    out = out or Path(f"{stem}.{file_format or 'safetensors'}")
     if together and (file_format or out.suffix.removeprefix(".")) != "onnx":
         raise ExportError(
             f"{len(names)} domains in one file are ONNX only: give --format onnx or --out "

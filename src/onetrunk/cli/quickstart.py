@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..backbones import backbone as build_backbone
+from ..backbones import fingerprint
 from ..bank.bank import Bank
+from ..bank.folder import UNFINISHED
 from ..core.merge import difference, merge
 from ..core.tree import copy_tree
 from ..data import Prepared, load
@@ -29,6 +31,7 @@ from .training import Request, Trained, train_domain
 BACKBONE = "timm:tf_efficientnet_lite0"
 SIZE_PX = 64
 PICTURE = "quickstart.png"
+MADE_BY = "made_by"  # in a domain's provenance
 N_WATCHED = 16  # images a domain whose logits are compared
 
 
@@ -65,9 +68,10 @@ def run(out: Path, screen: Screen, epochs: int | None = None) -> None:
         BankError: where `out` exists and is no bank of an earlier quickstart, or a proof fails.
     """
     started = time.monotonic()
-    _clear(out)
+    backbone = build_backbone(BACKBONE)
+    _clear(out, fingerprint(backbone))
     screen.say("one backbone: EfficientNet-Lite0 with its ImageNet weights, frozen")
-    bank = Bank.create(out, build_backbone(BACKBONE))
+    bank = Bank.create(out, backbone)
     results: dict[str, Trained] = {}
     watched: dict[str, Watched] = {}
     for planned in DOMAINS:
@@ -100,16 +104,11 @@ def run(out: Path, screen: Screen, epochs: int | None = None) -> None:
     )
 
 
-def _clear(out: Path) -> None:
-    """Makes room for the bank; only a bank made of this quickstart's domains is removed."""
+def _clear(out: Path, backbone: str) -> None:
+    """Makes room for the bank; only a bank that a quickstart made whole is removed."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    names = {planned.name for planned in DOMAINS}
-    try:
-        mine = set(Bank.open(out).domains) <= names
-    except BankError:
-        mine = False
-    if not mine:
+    if not _is_mine(out, backbone):
         raise BankError(
             f"{out} is there already and holds more than a quickstart. "
             "Give another folder: onetrunk quickstart --out FOLDER"
@@ -117,10 +116,25 @@ def _clear(out: Path) -> None:
     shutil.rmtree(out)
 
 
+def _is_mine(out: Path, backbone: str) -> bool:
+    """Whether all that is there is a quickstart's: backbone, domains, trainings under way."""
+    try:
+        bank = Bank.open(out)
+        made = all(card.provenance.get(MADE_BY) == "quickstart" for card in bank.domains.values())
+    except BankError:
+        return False
+    trainings = {path.stem for path in (out / UNFINISHED).glob("*")}
+    others = trainings - {planned.name for planned in DOMAINS}
+    return made and bank.backbone_fingerprint == backbone and not others
+
+
 def _add(bank: Bank, planned: Planned, screen: Screen, epochs: int | None) -> Trained:
     splits = load(planned.source)
     recipe = dataclasses.replace(Recipe(), epochs=epochs or planned.epochs)
-    request = Request(planned.name, splits, planned.source, recipe=recipe, size_px=SIZE_PX)
+    request = Request(
+        planned.name, splits, planned.source,
+        recipe=recipe, size_px=SIZE_PX, provenance={MADE_BY: "quickstart"},
+    )  # fmt: skip
     return train_domain(bank, request, screen)
 
 

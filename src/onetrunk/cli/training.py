@@ -1,7 +1,8 @@
 """train: one domain from a data source into a bank, with the linear probe as its yardstick."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from ..core.attach import Norms, attach, delta, domain_of
 from ..core.cost import Cost, cost
 from ..core.plan import Plan, Where
 from ..data import Prepared, Preprocessing, Splits
-from ..errors import DataError
+from ..errors import BankError, DataError
+from ..files import DISK, check_writable, reason
 from ..training.cached import cached
 from ..training.evaluate import Evaluation, evaluate
 from ..training.fit import fit
@@ -101,7 +103,51 @@ def train_domain(bank: Bank, request: Request, screen: Screen) -> Trained:
     Raises:
         OnetrunkError: of the room that refuses; the bank is then as it was.
     """
+    refuse_unstartable(bank, request)
     return train_ready(bank, request, prepare(bank, request, screen), screen)
+
+
+def refuse_unstartable(bank: Bank, request: Request) -> None:
+    """What would stop a training at its end, or end another one, before the images are read.
+
+    Raises:
+        BankError: for a bank or cache that cannot be written, and a training that was stopped.
+    """
+    for folder in (bank.path, request.cache_folder):
+        try:
+            if folder is not None and folder.exists():
+                check_writable(folder)
+        except OSError as error:
+            raise BankError(f"{folder} cannot be written: {reason(error)}") from error
+    checkpoint = _checkpoint(bank, request)
+    if checkpoint.exists() and not request.resume:
+        raise BankError(
+            f"{checkpoint} is a training of {request.domain!r} that was stopped. Go on with "
+            "--resume, or remove it."
+        )
+
+
+def _checkpoint(bank: Bank, request: Request) -> Path:
+    return bank.path / UNFINISHED / f"{request.domain}.safetensors"
+
+
+@contextmanager
+def _alone(bank: Bank, domain: str) -> Iterator[None]:
+    """For one training of a name at a time: two would write over each other."""
+    folder = bank.path / UNFINISHED
+    lock = folder / f"{domain}.lock"
+    folder.mkdir(exist_ok=True)
+    try:
+        with DISK.lock(lock, 0.0):
+            yield
+    except TimeoutError:
+        raise BankError(
+            f"{domain!r} is being trained into {bank.path} by another process. Wait for it, or "
+            "give another name."
+        ) from None
+    lock.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()  # where nothing else is under way
 
 
 def prepare(bank: Bank, request: Request, screen: Screen) -> Ready:
@@ -129,12 +175,25 @@ def train_ready(
     data = ready.parts
     model = attached(bank.backbone, request.family, ready, request.where, request.norms)
     _say_family(model, request, screen)
-    scored_on = "test" if data["test"] is not None else "val"
     if request.probe and probed is None:
         probed = probe(bank.backbone, ready, request.device, screen)
     n_images = 0 if data["train"] is None else len(data["train"])
     if probed is not None and held_norms(model, request.recipe, n_images):
         start_from_probe(model, probed)  # with a batch's own statistics it would fit no longer
+    with _alone(bank, request.domain):
+        return _trained(bank, model, request, ready, screen, probed)
+
+
+def _trained(
+    bank: Bank,
+    model: nn.Module,
+    request: Request,
+    ready: Ready,
+    screen: Screen,
+    probed: nn.Module | None,
+) -> Trained:
+    data = ready.parts
+    scored_on = "test" if data["test"] is not None else "val"
     came = {name: tensor.clone().cpu() for name, tensor in delta(model).items()}
     _fit(bank, model, data, request, screen)
     if all(torch.equal(tensor.cpu(), came[name]) for name, tensor in delta(model).items()):
@@ -150,7 +209,7 @@ def train_ready(
         scored_on,
         None if probed is None else evaluate(probed, data[scored_on]).accuracy,
         cost(model),
-        n_images,
+        0 if data["train"] is None else len(data["train"]),
         time.monotonic() - ready.started,
     )
     _store(bank, request, trained)
@@ -254,10 +313,8 @@ def _fit(
     request: Request,
     screen: Screen,
 ) -> None:
-    checkpoint = bank.path / UNFINISHED / f"{request.domain}.safetensors"
-    if checkpoint.exists() and not request.resume:
-        checkpoint.unlink()
-    elif request.resume and not checkpoint.exists():
+    checkpoint = _checkpoint(bank, request)
+    if request.resume and not checkpoint.exists():
         screen.say("  nothing to resume: starting from the beginning")
     train, val = data["train"], data["val"]
     if request.cache is not None:
@@ -300,13 +357,10 @@ def _store(bank: Bank, request: Request, trained: Trained) -> None:
         "train_images": trained.n_images,
         **request.provenance,
     }
-    put = bank.replace if request.domain in bank.domains else bank.add
+    put = bank.replace if request.replace and request.domain in bank.domains else bank.add
     model = trained.model.to(next(bank.backbone.parameters()).device)
     put(request.domain, model, metrics=metrics, provenance=provenance)
-    checkpoint = bank.path / UNFINISHED / f"{request.domain}.safetensors"
-    checkpoint.unlink(missing_ok=True)
-    if checkpoint.parent.exists() and not list(checkpoint.parent.iterdir()):
-        checkpoint.parent.rmdir()
+    _checkpoint(bank, request).unlink(missing_ok=True)
 
 
 def _say_result(trained: Trained, screen: Screen) -> None:

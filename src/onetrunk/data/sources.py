@@ -94,11 +94,12 @@ def _meant(written: str) -> str:
     close = difflib.get_close_matches(kind.lower(), KINDS, n=1)
     if colon and close:
         return f" Did you mean {close[0]}:{rest}?"
+    siblings = _names_beside(Path(written).expanduser())
+    if close := difflib.get_close_matches(Path(written).name, siblings, n=1):
+        return f" Did you mean {str(Path(written).parent / close[0])!r}?"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", written):
         return f" Did you mean hf:{written}?"
-    siblings = _names_beside(Path(written).expanduser())
-    close = difflib.get_close_matches(Path(written).name, siblings, n=1)
-    return f" Did you mean {str(Path(written).parent / close[0])!r}?" if close else ""
+    return ""
 
 
 def _names_beside(path: Path) -> list[str]:
