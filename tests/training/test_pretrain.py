@@ -88,3 +88,24 @@ def test_weights_of_another_architecture_and_damaged_ones_are_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(DamagedError, match="its content does not match its own checksum"):
         ot.backbone(FORM, weights=path)
+
+
+@pytest.mark.parametrize("form", ["torchvision:mobilenet_v3_small", "timm:test_resnet"])
+def test_a_trunk_of_another_library_reads_back_by_the_name_it_was_asked_for(form, tmp_path):
+    path = tmp_path / "trunk.safetensors"
+    net = ot.backbone(form, pretrained=False)
+    write_trunk(path, pretraining(net, CLASSES, preprocessing=SEEN), {}, half=False)
+    again = ot.backbone(form, weights=path)
+    assert again.written_form == f"{form}(num_classes=3)"
+    trained = net.state_dict()
+    kept = [name for name, t in again.state_dict().items() if torch.equal(t, trained[name])]
+    assert len(kept) >= len(trained) - 2  # all but the classifier
+
+
+def test_a_name_with_a_tag_is_the_same_architecture(tmp_path):
+    path = tmp_path / "trunk.safetensors"
+    net = ot.backbone("timm:test_resnet.r160_in1k", pretrained=False)
+    write_trunk(path, pretraining(net, CLASSES, preprocessing=SEEN), {}, half=False)
+    ot.backbone("timm:test_resnet", weights=path)
+    with pytest.raises(BackboneError, match="holds weights of timm:test_resnet"):
+        ot.backbone("timm:test_vit", weights=path)

@@ -23,6 +23,7 @@ from .resnet26 import STEM_CHANNELS, ResNet26, resnet26
 
 Loader = Callable[[str, dict[str, Any], bool], nn.Module]
 WEIGHTS_CARD = "weights"  # the key under which a weights file of ours says what it holds
+OWN_MODULE = "module:"  # how the form of a module begins that no form can build again
 SEED = 0  # of the random weights that a form without pretrained ones starts from
 
 
@@ -117,10 +118,11 @@ def _with_classes_of(form: Form, stored: Stored) -> Form:
     Raises:
         BackboneError: where the file's card says that it is another architecture.
     """
-    if "form" not in stored.card:
-        return form
-    held = read_form(str(stored.card["form"]))
-    if (held.source, held.name) != (form.source, form.name):
+    text = str(stored.card.get("form", OWN_MODULE))
+    if text.startswith(OWN_MODULE):
+        return form  # nothing is said, or of a network that no form names: its tensors must fit
+    held = read_form(text)
+    if (held.source, _architecture(held)) != (form.source, _architecture(form)):
         raise BackboneError(
             f"{stored.origin} holds weights of {held}, and {form} was asked for: "
             "give that file's own architecture."
@@ -129,6 +131,20 @@ def _with_classes_of(form: Form, stored: Stored) -> Form:
     if n_classes is None or "num_classes" in form.options:
         return form
     return dataclasses.replace(form, options={**form.options, "num_classes": n_classes})
+
+
+def stock_form(backbone: nn.Module, n_classes: int) -> str | None:
+    """The written form of `backbone` with that number of classes; None for a user's own module."""
+    form = written_form(backbone)
+    if form.startswith(OWN_MODULE):
+        return None
+    read = read_form(form)
+    return str(dataclasses.replace(read, options={**read.options, "num_classes": n_classes}))
+
+
+def _architecture(form: Form) -> str:
+    """`resnet18` of timm's `resnet18.a1_in1k`: what follows says which weights it came with."""
+    return form.name.partition(".")[0] if form.source == "timm" else form.name
 
 
 def _timm(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
@@ -261,7 +277,7 @@ def written_form(module: nn.Module) -> str:
     guess = known if isinstance(known, str) else _guess(module)
     if guess is not None and _same_architecture(module, guess):
         return guess
-    return f"module:{type(module).__module__}.{type(module).__qualname__}"
+    return f"{OWN_MODULE}{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _guess(module: nn.Module) -> str | None:

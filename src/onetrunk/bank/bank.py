@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..backbones import backbone as build_backbone
 from ..backbones import fingerprint
-from ..backbones.written_form import build_empty, load_tensors, read_form, written_form
+from ..backbones.written_form import OWN_MODULE, build_empty, load_tensors, read_form, written_form
 from ..core.attach import Domain, backbone_statistics, delta, domain_of, stored
 from ..core.basis import Basis
 from ..core.compress import standalone
@@ -472,7 +472,7 @@ class Bank:
 
     def _build_backbone(self) -> nn.Module:
         form, blob = self.backbone_form, self._store.read_backbone()
-        if form.startswith("module:"):
+        if form.startswith(OWN_MODULE):
             raise BankError(
                 f"bank {self.path} was made with a module of your own, {form[7:]}: open it with "
                 "Bank.open(path, backbone=that_module)."
@@ -530,7 +530,7 @@ class Bank:
                 tensors, _ = unpack(data, f"the backbone of {self.path}")
                 what = f"the stored backbone of {self.path}"
                 self._check_fingerprint(fingerprint_of(tensors), what)
-            if form.startswith("module:") and self._home is None:
+            if form.startswith(OWN_MODULE) and self._home is None:
                 remarks.append(
                     f"the domains were read and not built: their backbone is a module of your own, "
                     f"{form[7:]}. Give it to Bank.open."
@@ -736,7 +736,7 @@ def _refuse_no_backbone(module: object) -> None:
 
 
 def _refuse_reference(form: str, found: str, *, known: bool) -> None:
-    if form.startswith("module:"):
+    if form.startswith(OWN_MODULE):
         raise BankError(
             f"{form} cannot be kept by reference: it has no name that brings its weights back. "
             "Leave by_reference out, so that the bank holds them."

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from .. import written
-from ..backbones.written_form import build_empty, written_form
+from ..backbones.written_form import OWN_MODULE, build_empty, written_form
 from ..core.adapters import FAMILIES, Family, Full, Norm, read_family
 from ..core.adapters.shared import Share
 from ..core.plan import Layers, Where
@@ -82,7 +82,7 @@ class Scratch:
         form = written_form(setting.backbone)
         with own_draws():
             reseed(setting.seed)
-            fresh = build_empty(form) if not form.startswith("module:") else None
+            fresh = build_empty(form) if not form.startswith(OWN_MODULE) else None
         if fresh is None:
             raise AttachError(
                 f"scratch on {form}: a module of your own has no form to build it anew from. "

@@ -19,6 +19,7 @@ from ..training.evaluate import evaluate
 from ..training.fit import fit
 from ..training.pretrain import pretraining, write_trunk
 from ..training.recipe import Recipe
+from ..training.size import sensible_size
 from .console import Screen, counted, followed, percent, size
 
 
@@ -77,9 +78,8 @@ def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) 
     fresh = build_backbone(request.backbone, pretrained=False, weights=request.weights)
     fresh.to(memory_format=torch.channels_last)
     hflip = splits.hflip if request.flip is None else request.flip
-    preprocessing = Preprocessing.for_backbone(
-        fresh, size_px=request.size_px, hflip=True if hflip is None else hflip
-    )
+    px = request.size_px or sensible_size(fresh, splits.train)
+    preprocessing = Preprocessing.for_backbone(fresh, px, True if hflip is None else hflip)
     data = {}
     for name in ("train", "val", "test"):
         if (images := getattr(splits, name)) is not None:

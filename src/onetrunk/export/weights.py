@@ -6,13 +6,12 @@ load_state_dict, no onetrunk. Where it cannot (a layer that standardises its wei
 folded too and the file says so.
 """
 
-import dataclasses
 from pathlib import Path
 
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..backbones.written_form import build_empty, load_tensors, read_form, written_form
+from ..backbones.written_form import build_empty, load_tensors, stock_form
 from ..core.attach import domain_of
 from ..core.merge import difference, merge
 from ..errors import OnetrunkError
@@ -45,15 +44,6 @@ def export_weights(model: nn.Module, out: Path, images_bchw: Tensor) -> Exported
         return network.eval()
 
     return export_checked(model, merged, out, "safetensors", images_bchw, write, read, form)
-
-
-def stock_form(backbone: nn.Module, n_classes: int) -> str | None:
-    """The written form of `backbone` with another number of classes; None for a user's own."""
-    form = written_form(backbone)
-    if form.startswith("module:"):
-        return None
-    read = read_form(form)
-    return str(dataclasses.replace(read, options={**read.options, "num_classes": n_classes}))
 
 
 def _loaded(form: str, merged: nn.Module) -> nn.Module | None:

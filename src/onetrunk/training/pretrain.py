@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.written_form import WEIGHTS_CARD, written_form
+from ..backbones.written_form import WEIGHTS_CARD, stock_form, written_form
 from ..core.adapters import Family, Full
 from ..core.attach import attach, build, domain_of, unmark
 from ..core.plan import Where, place
@@ -88,7 +88,8 @@ def write_trunk(path: Path, model: nn.Module, card: Mapping[str, Any], *, half: 
         TrainingError: where a number does not fit float16, or the file cannot be written.
     """
     tensors = {name: _halved(name, t) if half else t for name, t in trunk(model).items()}
-    form = written_form(plain_network(model))
+    backbone, n_classes = domain_of(model).backbone, len(domain_of(model).classes)
+    form = stock_form(backbone, n_classes) or written_form(backbone)
     data = pack(tensors, {WEIGHTS_CARD: {"form": form, **card}})
     try:
         write_atomically(path, data)
