@@ -54,6 +54,19 @@ def test_images_that_cannot_be_read_are_counted_where_they_are_few_and_an_error_
     assert none.status == 1 and "none of the 2 images can be read; the first: " in none.err
 
 
+def test_a_folder_is_cut_for_evaluation_as_it_was_for_training(run, bank, photos):
+    words = ("--data", photos, "--epochs", 1, "--no-probe", "--split", "0.8,0.1,0.1", "--json")
+    trained = json.loads(run("train", bank, "cut", *words).out)
+    assert ot.Bank.open(bank).domains["cut"].provenance["split"] == "0.8,0.1,0.1"
+    evaluated = run("evaluate", bank, "cut", "--data", photos)
+    assert (
+        "cut: 4 test images" in evaluated.out
+        and "cut by class into 0.8 / 0.1 / 0.1" in evaluated.out
+    )
+    again = json.loads(run("evaluate", bank, "cut", "--data", photos, "--json").out)
+    assert again["accuracy"] == trained["accuracy"]
+
+
 def test_json_is_all_that_goes_to_standard_output(run, photos, bank):
     ran = run("train", bank, "more", "--data", photos, "--epochs", 1, "--json")
     result = json.loads(ran.out)

@@ -1,6 +1,7 @@
 """compress as a user types it: a new bank with one basis, the old as it was, nothing half-made."""
 
 import json
+import shutil
 
 import pytest
 
@@ -56,6 +57,22 @@ def test_with_data_it_measures_tunes_and_draws(run, stored, photos, tmp_path):
     assert (tmp_path / "half.bank.png").read_bytes().startswith(b"\x89PNG")
     assert "errors are those of the matrices" in done.err
     assert Bank.open(out).domains["stripes"].metrics["test_accuracy"] == row["tuned"]
+
+
+def test_a_folder_is_cut_as_it_was_for_training(run, stored, photos, tmp_path):
+    own = tmp_path / "a.bank"
+    shutil.copytree(stored, own)
+    assert run(
+        "train", own, "cut", "--data", photos, "--epochs", 1, "--size", 32, "--no-probe",
+        "--split", "0.5,0.1,0.4",
+    ).status == 0  # fmt: skip
+    done = run(
+        "compress", own, "--keep", 1.0, "--out", tmp_path / "b.bank", "--no-picture", "--json",
+        "--data", f"cut={photos}",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    trained = Bank.open(own).domains["cut"].metrics["test_accuracy"]
+    assert json.loads(done.out)["domains"]["cut"]["before"] == trained
 
 
 def test_a_loss_instead_of_a_size(run, stored, photos, tmp_path):

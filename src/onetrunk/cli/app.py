@@ -359,20 +359,23 @@ def evaluate(
 
     Example: onetrunk evaluate garden.bank flowers --data photos/flowers --split test
     """
-    from ..data import load
     from ..training.evaluate import evaluate as figures_of
-    from .training import split_of
+    from .training import load_as_trained, split_of
 
     if split not in ("train", "val", "test"):
         raise typer.BadParameter(f"{split!r} is none of train, val, test", param_hint="--split")
     screen = Screen(as_json)
-    model = _open(bank).load(domain)
-    images = split_of(load(data), split, data)
+    opened = _open(bank)
+    model = opened.load(domain)
+    splits = load_as_trained(data, opened.domains[domain])
+    images = split_of(splits, split, data)
     with screen.bar("evaluating") as show:
         result = figures_of(model, images, device=_device(device), progress=show)
     if result.problems:
         screen.warn(f"{len(result.problems)} images left out; the first: {result.problems[0][0]}")
     screen.say(f"{domain}: {result.n_images} {split} images")
+    if splits.note:
+        screen.say(f"  {splits.note}")
     screen.say(f"  accuracy           {percent(result.accuracy)}")
     screen.say(f"  balanced accuracy  {percent(result.balanced_accuracy)}")
     screen.say(f"  calibration error  {percent(result.calibration_error)}")

@@ -21,7 +21,7 @@ from ..core.activations import Covariances, activation_covariances
 from ..core.adapters.shared import Share
 from ..core.attach import domain_of
 from ..core.compress import Compressed, compress, compress_within, factorable, sweep
-from ..data import Prepared, load
+from ..data import Prepared, Splits
 from ..errors import BankError, CompressError, DataError
 from ..files import DISK, check_writable, reason
 from ..pictures import draw_accuracy_against_size, need_matplotlib
@@ -30,6 +30,7 @@ from ..training.examples import preprocessing_of
 from ..training.fit import fit
 from ..training.recipe import Recipe
 from .console import Screen, counted, followed, percent, size
+from .training import load_as_trained
 
 LITTLE = 0.9  # of the share that was asked for
 KEEPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)  # budgets of the picture
@@ -91,7 +92,11 @@ def run(request: Request, screen: Screen) -> None:
     _refuse_unknown(request, models)
     if request.picture and request.data:
         need_matplotlib(f"the picture {request.file} (else say --no-picture)")
-    parts = {name: _parts(models[name], source, screen) for name, source in request.data.items()}
+    cards = request.bank.domains
+    parts = {
+        name: _parts(models[name], load_as_trained(source, cards[name]), source, screen)
+        for name, source in request.data.items()
+    }
     seen = _seen(models, parts, screen)
     found = _compressed(models, parts, seen, request, screen)
     for name, data in parts.items():
@@ -229,8 +234,8 @@ def _refuse_unknown(request: Request, models: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _parts(model: nn.Module, source: str, screen: Screen) -> Parts:
-    splits = load(source).with_validation()
+def _parts(model: nn.Module, splits: Splits, source: str, screen: Screen) -> Parts:
+    splits = splits.with_validation()
     classes = domain_of(model).classes
     if splits.classes != classes:
         raise DataError(

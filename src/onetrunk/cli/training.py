@@ -1,5 +1,6 @@
 """train: one domain from a data source into a bank, with the linear probe as its yardstick."""
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -10,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bank.bank import Bank
+from ..bank.bank import Bank, Card
 from ..bank.folder import UNFINISHED
 from ..core.adapters import Family
 from ..core.attach import Norms, attach, delta, domain_of
 from ..core.cost import Cost, cost
 from ..core.plan import Plan, Where
-from ..data import Prepared, Preprocessing, Splits
+from ..data import Prepared, Preprocessing, Splits, load
 from ..errors import BankError, DataError
 from ..files import DISK, check_writable, reason
 from ..training.cached import cached
@@ -28,6 +29,8 @@ from ..training.recipe import Recipe
 from ..training.recomputed import recomputed
 from ..training.size import sensible_size
 from .console import Screen, followed, percent, size
+
+CUT = "split"  # in a domain's provenance: the shares of train, val and test
 
 
 @dataclass(frozen=True)
@@ -357,10 +360,21 @@ def _store(bank: Bank, request: Request, trained: Trained) -> None:
         "train_images": trained.n_images,
         **request.provenance,
     }
+    if (cut := request.splits.cut) is not None:
+        provenance[CUT] = ",".join(f"{share:g}" for share in cut)
     put = bank.replace if request.replace and request.domain in bank.domains else bank.add
     model = trained.model.to(next(bank.backbone.parameters()).device)
     put(request.domain, model, metrics=metrics, provenance=provenance)
     _checkpoint(bank, request).unlink(missing_ok=True)
+
+
+def load_as_trained(source: str, card: Card) -> Splits:
+    """A domain's source, cut as it was for its training where it has no splits of its own."""
+    cut = str(card.provenance.get(CUT, ""))
+    if not re.fullmatch(r"[\d.e-]+(,[\d.e-]+){2}", cut):
+        return load(source)
+    train, val, test = map(float, cut.split(","))
+    return load(source, split_fractions=(train, val, test))
 
 
 def _say_result(trained: Trained, screen: Screen) -> None:

@@ -25,7 +25,7 @@ class Splits:
 
     hflip: whether a mirrored image keeps its label; None where the source does not say.
     note: what a user should know about how the splits came about. skipped: files that are no
-    images.
+    images. cut: the fractions by which a source without splits of its own was cut.
     """
 
     train: Images
@@ -37,6 +37,7 @@ class Splits:
     description: str = ""
     note: str = ""
     skipped: tuple[str, ...] = ()
+    cut: Fractions | None = None
 
     def with_validation(self, fraction: float = 0.15, seed: int = 0) -> Splits:
         """Itself where there is a validation split, else with `fraction` of train carved out."""
@@ -94,6 +95,7 @@ def split_single(
         description=description,
         note=f"{name} has no splits of its own: cut by class into {written}, seed {options.seed}.",
         skipped=skipped,
+        cut=options.fractions,
     )
 
 
