@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 import onetrunk as ot
-from onetrunk.data import Preprocessing
+from onetrunk.data import Images, Preprocessing
 from onetrunk.errors import DataError
 from onetrunk.training.predict import Prediction
 
@@ -93,6 +93,38 @@ def test_a_folder_is_its_image_files_at_any_depth(
     for prediction, row in zip(found, (0, 1, 3, 2, 4), strict=True):
         assert close(prediction.classes, expected(model, x_nhwc[row]))
     assert ot.predict(model, str(folder)) == found
+
+
+def test_a_folder_gives_what_a_training_would_take(
+    model: nn.Module, pictures: Make, tmp_path: Path
+) -> None:
+    for name in ("a.jfif", "._a.jpg", ".hidden/b.png", "c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(pictures(1)[0]).save(tmp_path / name, "PNG")
+    found = ot.predict(model, tmp_path)
+    assert [Path(prediction.name).name for prediction in found] == ["a.jfif", "c.png"]
+
+
+def test_images_of_a_source_are_predicted_broken_ones_apart(
+    model: nn.Module, folder: Path, pictures: Make
+) -> None:
+    paths = [folder / "a.png", folder / "notes.txt", folder / "e.png"]
+    images = Images.from_files(paths, [0, 1, 0], ["x", "y"])
+    found = ot.predict(model, images)
+    first, _, _, _, last = pictures(5)
+    for prediction, x_hwc in zip(found[::2], (first, last), strict=True):
+        assert dict(prediction.classes) == pytest.approx(dict(expected(model, x_hwc)), rel=1e-4)
+    assert "notes.txt" in found[1].problem and not found[1].classes
+
+
+@pytest.mark.parametrize(
+    ("wrap", "kind"), [(lambda x: (x, 0), "tuple"), (lambda x: torch.zeros(3, 8, 8), "Tensor")]
+)
+def test_a_list_of_what_is_no_image_is_refused(
+    wrap: Make, kind: str, model: nn.Module, pictures: Make
+) -> None:
+    with pytest.raises(DataError, match=rf"item 0 is a {kind}: give pictures"):
+        ot.predict(model, [wrap(x) for x in pictures(2)])
 
 
 def test_a_float_tensor_is_the_networks_input(model: nn.Module) -> None:
@@ -177,7 +209,7 @@ def test_a_single_broken_picture_is_an_error(
 def test_what_is_not_there_is_said(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.png: there is no such file or folder"):
         ot.predict(model, tmp_path / "nowhere.png")
-    with pytest.raises(DataError, match=r"no image below this folder \(\.jpg, "):
+    with pytest.raises(DataError, match=r"no image below this folder \(\.bmp, "):
         ot.predict(model, tmp_path)
     with pytest.raises(DataError, match="no image at all"):
         ot.predict(model, [])

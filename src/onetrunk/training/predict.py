@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..core.attach import domain_of
-from ..data import Preprocessing, decode
+from ..data import Images, Preprocessing, decode
+from ..data.source_folder import ENDINGS
 from ..errors import DataError
 from .evaluate import ready
 from .examples import preprocessing_of
 
 Row = tuple[tuple[str, float], ...]  # (class, probability), the likeliest first
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,13 @@ def predict(
     Args:
         images: a file, a folder (its image files, at any depth), a PIL image, an encoded file's
             bytes, a uint8 array (h, w, c), a float tensor (b, c, h, w) that is the network's input,
-            or a list (or an array of arrays) of files, images, bytes or arrays.
+            or a list (or an array of arrays) of files, images, bytes or arrays; `Images`, as the
+            splits of a source have them.
 
     Raises:
-        DataError: where there is no such file or no image at all, and for a single image that
-            cannot be read. One in a folder or list gets a prediction with `problem` instead.
+        DataError: where there is no such file or no image at all, for what is no kind of image,
+            and for a single image that cannot be read. One in a folder or list gets a prediction
+            with `problem` instead.
     """
     if top_k < 1:
         raise DataError(f"top_k={top_k}: ask for at least one class.")
@@ -130,6 +132,9 @@ def _likeliest(network: nn.Module, x_bchw: Tensor, top_k: int) -> list[Row]:
 
 
 def _prepared(name: str, item: Any, preprocessing: Preprocessing) -> Tensor:
+    if isinstance(item, tuple):  # a row of Images, which is decoded when its turn comes
+        images, row = item
+        return preprocessing.prepare(images[row][0])
     return preprocessing.prepare(decode(item, name=name))
 
 
@@ -142,9 +147,11 @@ def _is_single(images: Any) -> bool:
 
 
 def _listed(images: Any) -> list[tuple[str, Any]]:
-    """(name, something `decode` takes) of every image of a folder or list."""
+    """(name, something `decode` takes, or Images and a row) of every image of a folder or list."""
     if isinstance(images, (str, Path)):
         return _files(Path(images))
+    if isinstance(images, Images):
+        return [(name, (images, row)) for row, name in enumerate(images.names)]
     try:
         listed = list(images)
     except TypeError:
@@ -156,6 +163,12 @@ def _listed(images: Any) -> list[tuple[str, Any]]:
         raise DataError("predict was given no image at all: give a file, a folder, or a list.")
     items: list[tuple[str, Any]] = []
     for number, item in enumerate(listed):
+        if isinstance(item, (tuple, Tensor)):
+            raise DataError(
+                f"predict was given a list whose item {number} is a {type(item).__name__}: give "
+                "pictures, files, bytes or arrays. Of (picture, label) pairs give the first of "
+                "each, of tensors one batch: torch.stack(tensors)."
+            )
         if not isinstance(item, (str, Path)):
             items.append((str(number), item))
         elif Path(item).is_dir():
@@ -166,9 +179,16 @@ def _listed(images: Any) -> list[tuple[str, Any]]:
 
 
 def _files(folder: Path) -> list[tuple[str, Any]]:
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    """Its image files, hidden ones apart: those that a training would take."""
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in ENDINGS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
     if not found:
-        raise DataError(f"{folder}: no image below this folder ({', '.join(SUFFIXES)}).")
+        raise DataError(f"{folder}: no image below this folder ({', '.join(sorted(ENDINGS))}).")
     return [(str(path), path) for path in found]
 
 
