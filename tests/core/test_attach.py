@@ -514,3 +514,16 @@ def test_the_dry_run_does_not_run_the_backbone_itself() -> None:
             return super().forward(x_bihw)
 
     assert len(trace(Counting()).sites) == 1
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "message"),
+    [
+        ("resnet26(width=0.125)", {}, r"a backbone is a module: onetrunk\.backbone\(NAME\)"),
+        (None, {"family": {"stem": "series"}}, "the text 'series': read each with read_family"),
+        (None, {"input_size": 32}, r"input_size=32: give channels, .* \(3, 32, 32\)"),
+    ],
+)
+def test_natural_mistakes_are_told_the_way(backbone, options, message):
+    with pytest.raises(AttachError, match=message):
+        ot.attach(backbone or resnet26(width=0.125), classes=["a", "b"], **options)

@@ -351,3 +351,8 @@ def test_the_domains_stay_as_they_were(models: dict[str, nn.Module]) -> None:
     for name, model in models.items():
         assert domain_of(model).classes == CLASSES[name]
         assert torch.equal(model(images()), before[name])
+
+
+def test_a_list_of_networks_is_told_to_have_names():
+    with pytest.raises(MixError, match=r"mix was given a list: give names too, mix\(\{'flowers'"):
+        ot.mix([])

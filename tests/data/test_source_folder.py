@@ -158,9 +158,19 @@ def test_folders_beside_the_splits_are_named(class_tree: Tree) -> None:
     assert splits.skipped == ("extra",)
 
 
-def test_a_class_called_train_is_told_to_be_a_split(class_tree: Tree) -> None:
-    with pytest.raises(DataError, match="A folder 'train' is a split, not a class"):
-        load(class_tree({"train": 2, "bus": 2}))
+def test_a_class_may_have_a_splits_name_where_others_stand_beside_it(class_tree: Tree) -> None:
+    root = class_tree({"bus": 10, "car": 10, "train": 10})
+    splits = load(root)
+    assert splits.classes == ("bus", "car", "train") and len(splits.train) == 18
+    assert splits.note.startswith("train: a class here, as images lie in it")
+    (root / "train" / "fast").mkdir()  # then it is none
+    with pytest.raises(DataError, match=r"class folder .* has no images"):
+        load(root)
+
+
+def test_a_folder_train_alone_is_told_to_be_a_split(class_tree: Tree) -> None:
+    with pytest.raises(DataError, match="is a split, not a class"):
+        load(class_tree({"train": 2, "test": 2}))
 
 
 def test_splits_without_train_are_refused(class_tree: Tree) -> None:

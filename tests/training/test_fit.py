@@ -683,3 +683,8 @@ def test_broken_validation_data_is_an_error_before_the_first_step(
 ) -> None:
     with pytest.raises(DataError, match=r"label 2 is outside 0..1"):
         train(make_model(classes=("ant", "bee")), make_tensors(8), val=make_tensors(8))
+
+
+def test_the_text_of_a_recipe_is_told_to_be_read(make_model):
+    with pytest.raises(TrainingError, match=r"the recipe 'paper': give a Recipe, or read_recipe"):
+        next(ot.fit(make_model(), [], "paper"))

@@ -238,6 +238,7 @@ def attach(
     'parallel'
     """
     names = _checked_classes(classes)
+    _refuse_other_kinds(backbone, family, input_size)
     if isinstance(getattr(backbone, "domain", None), Domain):
         raise AttachError(
             "this is a domain's network already; attach to its backbone: model.domain.backbone."
@@ -268,6 +269,25 @@ def attach(
         basis=basis,
         held=held,
     )
+
+
+def _refuse_other_kinds(backbone: object, family: object, input_size: object) -> None:
+    if not isinstance(backbone, nn.Module):
+        raise AttachError(
+            f"attach was given {backbone!r}, and a backbone is a module: onetrunk.backbone(NAME) "
+            "builds one."
+        )
+    texts = family.values() if isinstance(family, Mapping) else ()
+    if text := next((value for value in texts if isinstance(value, str)), None):
+        raise AttachError(
+            f"a plan has families, and this one the text {text!r}: read each with read_family, or "
+            "the whole plan with onetrunk.core.allocate.plan_by_hand(backbone, plan)."
+        )
+    if isinstance(input_size, int):
+        raise AttachError(
+            f"input_size={input_size}: give channels, rows and columns, (3, {input_size}, "
+            f"{input_size})."
+        )
 
 
 def _held_norms(

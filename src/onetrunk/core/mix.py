@@ -57,6 +57,10 @@ def mix(models: Mapping[str, nn.Module], *, check: Tensor | None = None) -> "Mix
     >>> [len(scores) for scores in mixed(torch.rand(3, 3, 8, 8), ["signs", "flowers", "signs"])]
     [3, 2, 3]
     """
+    if not isinstance(models, Mapping):
+        raise MixError(
+            f"mix was given a {type(models).__name__}: give names too, mix({{'flowers': flowers}})."
+        )
     if not models:
         raise MixError("mix({}): give at least one domain, e.g. mix({'flowers': flowers}).")
     first = next(iter(models.values()))

@@ -6,6 +6,7 @@ inside a class folder belong to the class. Classes are sorted by name.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -39,7 +40,11 @@ def load_folder(root: Path, options: Options) -> Splits:
         found = _class_files(root, root, skipped)
         images = _images(root, found, sorted(found))
         name = root.resolve().name
-        return split_single(images, name, options, skipped=tuple(skipped))
+        splits = split_single(images, name, options, skipped=tuple(skipped))
+        if odd := [entry for entry in found if entry.casefold() in _SPLIT_FOLDERS]:
+            note = f"{', '.join(odd)}: a class here, as images lie in it and other classes beside."
+            return dataclasses.replace(splits, note=f"{note} {splits.note}")
+        return splits
     if "train" not in folders:
         raise DataError(
             f"folder {str(root)!r} has {sorted(path.name for path in folders.values())} but no "
@@ -62,6 +67,10 @@ def load_folder(root: Path, options: Options) -> Splits:
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
+    """Split -> folder; none where all that could be one are classes by that name.
+
+    Those hold images and no folders, and stand beside folders by other names.
+    """
     folders: dict[str, Path] = {}
     for entry in _visible(root):
         part = _SPLIT_FOLDERS.get(entry.name.casefold())
@@ -73,7 +82,17 @@ def _split_folders(root: Path) -> dict[str, Path]:
                 f"which one is the {part} split? Keep one."
             )
         folders[part] = entry
+    others = [e for e in _visible(root) if e.is_dir() and e not in folders.values()]
+    if others and all(_holds_images_only(folder) for folder in folders.values()):
+        return {}
     return folders
+
+
+def _holds_images_only(folder: Path) -> bool:
+    entries = _visible(folder)
+    return not any(entry.is_dir() for entry in entries) and any(
+        entry.suffix.lower() in ENDINGS for entry in entries
+    )
 
 
 def _class_files(folder: Path, root: Path, skipped: list[str]) -> dict[str, list[Path]]:

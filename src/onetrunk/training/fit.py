@@ -98,7 +98,8 @@ def fit(
         recipe: by default `Recipe()`.
         checkpoint: a file that is written every `checkpoint_every_s` seconds and when the loop is
             left, by Ctrl-C too; where it exists already, training goes on from it. Remove it when
-            done.
+            done. `for step in fit(...)` leaves it at once; steps with a name of their own are left
+            when they are closed: `with contextlib.closing(fit(...)) as steps`.
         device: by default CUDA, then MPS, then the CPU, whatever there is; the network is moved.
         graphed: on CUDA, forward and backward are recorded as one CUDA graph and replayed, from
             which networks on small images gain most. Hooks and what else Python does in a forward
@@ -123,6 +124,10 @@ def fit(
     [1, 1, 2, 2]
     """
     recipe = recipe or Recipe()
+    if not isinstance(recipe, Recipe):
+        raise TrainingError(
+            f"fit was given the recipe {recipe!r}: give a Recipe, or read_recipe(text)."
+        )
     if trains_basis(model):
         _refuse_going_back(val=val, checkpoint=checkpoint)
     device = torch.device(device or best_device())
