@@ -62,6 +62,18 @@ def test_a_batch_array_is_a_list_of_images() -> None:
     assert images[3][0].size == (6, 5)
 
 
+def test_classes_in_another_order_keep_every_images_class() -> None:
+    images = Images.from_arrays(
+        [np.full((4, 4), 10 * label, np.uint8) for label in (0, 1, 2, 1)], [0, 1, 2, 1], "abc"
+    )
+    turned = images.subset([3, 2, 0]).in_order(("c", "a", "b"))
+    assert turned.classes == ("c", "a", "b") and turned.labels.tolist() == [2, 0, 1]
+    assert [turned.classes[label] for _, label in turned] == ["b", "c", "a"]
+    assert images.classes == ("a", "b", "c")
+    with pytest.raises(DataError, match=r"in_order\(\['a', 'b'\]\) of the classes"):
+        images.in_order(("a", "b"))
+
+
 def test_subsets_keep_classes_and_order() -> None:
     images = greys(10, 20, 30, 40, labels=[0, 1, 0, 1])
     smaller = images.subset([3, 0, 2]).subset(torch.tensor([2, 0]))

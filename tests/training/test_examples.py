@@ -16,7 +16,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 import onetrunk as ot
-from onetrunk.data import Images, Prepared
+from onetrunk.data import Images, Prepared, load
 from onetrunk.errors import DataError, TrainingError
 from onetrunk.training.examples import ImageExamples, TensorExamples, examples_of, one_ahead
 
@@ -134,6 +134,15 @@ def test_other_classes_of_an_image_folder_are_an_error(
     turned = make_model(classes=("cat", "bee", "ant"))
     with pytest.raises(TrainingError, match="the same names in another order"):
         examples_of(turned, datasets.ImageFolder(str(class_folder)))
+
+
+def test_images_whose_classes_come_in_another_order_are_taken_by_name(
+    make_model: Make, class_folder: Path
+) -> None:
+    images = load(class_folder).train
+    turned = examples_of(make_model(classes=tuple(reversed(images.classes))), images)
+    last = len(images.classes) - 1
+    assert turned.labels.tolist() == [last - label for label in images.labels.tolist()]
 
 
 # Labels

@@ -138,6 +138,15 @@ class Images(Dataset[tuple[Image.Image, int]]):
         smaller._rows = [self._rows[index] for index in chosen]
         return smaller
 
+    def in_order(self, classes: Sequence[str]) -> Images:
+        """The same images, their classes in that order. Raises DataError if they are others."""
+        if sorted(classes) != sorted(self.classes):
+            raise DataError(f"in_order({list(classes)[:6]}) of the classes {self.classes[:6]}.")
+        ordered = self.subset(range(len(self)))
+        places = torch.tensor([list(classes).index(name) for name in self.classes])
+        ordered.classes, ordered.labels = tuple(classes), places[self.labels]
+        return ordered
+
 
 class Prepared(Dataset[tuple[Tensor, int]]):
     """Images decoded once to uint8 (c, R, R) tensors: `prepared[i]` is (tensor, int label).

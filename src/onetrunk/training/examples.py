@@ -119,6 +119,8 @@ def examples_of(model: nn.Module, data: Any, progress: Progress | None = None) -
         _check_classes(data.classes, domain.classes)
         return ImageExamples(data)
     if isinstance(data, Images):
+        if sorted(data.classes) == sorted(domain.classes):
+            data = data.in_order(domain.classes)
         _check_classes(data.classes, domain.classes)
         return ImageExamples(Prepared(data, preprocessing_of(model), progress=progress))
     with own_draws():
