@@ -64,7 +64,9 @@ def test_a_batch_array_is_a_list_of_images() -> None:
 
 def test_classes_in_another_order_keep_every_images_class() -> None:
     images = Images.from_arrays(
-        [np.full((4, 4), 10 * label, np.uint8) for label in (0, 1, 2, 1)], [0, 1, 2, 1], "abc"
+        [np.full((4, 4), 10 * label, np.uint8) for label in (0, 1, 2, 1)],
+        [0, 1, 2, 1],
+        ["a", "b", "c"],
     )
     turned = images.subset([3, 2, 0]).in_order(("c", "a", "b"))
     assert turned.classes == ("c", "a", "b") and turned.labels.tolist() == [2, 0, 1]
