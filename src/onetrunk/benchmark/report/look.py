@@ -129,7 +129,8 @@ def place_labels(
     nor the level line at `line_y`.
 
     Greedy, from the top: the first free place of a ring of places around the point, nearest first,
-    with a thin line to the point where it is not next to it; the nearest one where none is free.
+    and one that is nearer to another point only where there is no other; with a thin line to the
+    point where it is not next to it, and it alone. The nearest one where none is free.
     """
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
@@ -156,11 +157,14 @@ def place_labels(
         free = [
             (box, near)
             for box, near in boxes
-            if not box.count_overlaps(taken)
-            and _inside(box, frame)
-            and all(_distance(box, at[point]) < _distance(box, other) for other in others)
+            if not box.count_overlaps(taken) and _inside(box, frame)
         ]
-        box, near = (free or boxes)[0]
+        clear = [
+            (box, near)
+            for box, near in free
+            if all(_distance(box, at[point]) < _distance(box, other) for other in others)
+        ]
+        box, near = (clear or [(box, False) for box, _ in free] or boxes)[0]
         taken.append(box)
         label.set_position(tuple((box.min - at[point]) / per_point))
         if not near:
