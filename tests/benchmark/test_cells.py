@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import onetrunk.benchmark.cells as cells_module
 from onetrunk.bank.bank import Bank
@@ -282,6 +283,27 @@ def test_a_compression_of_what_nobody_trains_is_refused_before_the_work(make_stu
     with pytest.raises(DataError, match=r"needs domains trained with series.*Add 'series' to --me"):
         run(study)
     assert not Ledger(tmp_path).read()
+
+
+def test_a_finished_compression_needs_its_sources_no_more(make_study):
+    whole = run(make_study("parallel", "compress(of='parallel', keep=0.5)"))
+    study = make_study("compress(of='parallel', keep=0.5)")
+    for file in study.work.glob("*.jsonl"):
+        lines = [line for line in file.read_text().splitlines() if '"compress' in line]
+        file.write_text("\n".join(lines) + "\n")
+    assert run(study).records == [r for r in whole.records if r["method"].startswith("compress")]
+
+
+def test_a_record_has_the_name_of_the_weights_file_that_is_asked_for(make_study, tmp_path):
+    study = make_study("head")
+    for name in ("old", "new"):
+        file = tmp_path / f"{name}.safetensors"
+        state = cells_module.backbone_of(TRUNK).state_dict()
+        save_file({key: t.contiguous() for key, t in state.items()}, file)
+        trunk = Trunk(TRUNK.form, str(file))
+        found = run(dataclasses.replace(study, trunks=((trunk, TINY),))).records
+        assert {record["backbone"] for record in found} == {f"{TRUNK.form}@{name}.safetensors"}
+    assert len(Ledger(study.work).read()) == 2
 
 
 def test_a_compression_of_a_training_that_failed_says_so(make_study, monkeypatch):

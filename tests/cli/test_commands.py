@@ -1,5 +1,6 @@
 """The commands, as a user meets them: the whole road, --json, and every refusal in one line."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -18,7 +19,8 @@ import onetrunk as ot
 import onetrunk.backbones
 from onetrunk.backbones import fingerprint, resnet26
 from onetrunk.cli import quickstart
-from onetrunk.errors import BankError
+from onetrunk.cli.training import Request, alone, load_as_trained
+from onetrunk.errors import BankError, DivergedError
 from onetrunk.files import DISK
 
 VERBS = ("quickstart", "new", "train", "evaluate", "predict", "list", "show", "verify", "remove")
@@ -285,8 +287,9 @@ def test_stopping_a_training_leaves_the_bank_whole_and_resuming_goes_on(run, ban
     assert anew.status == 1 and "is a training of 'more' that was stopped. Go on with" in anew.err
     assert checkpoint.read_bytes() == kept
     with DISK.lock(checkpoint.with_suffix(".lock"), 0.0):
-        beside = run(*words, "--resume")
-    assert beside.status == 1 and "'more' is being trained into" in beside.err
+        for more in ((), ("--resume",)):  # whether or not it has a checkpoint by now
+            beside = run(*words, *more)
+            assert beside.status == 1 and "'more' is being trained into" in beside.err
     checkpoint.unlink()
     assert run(*words[:-1], "1").status == 0
     assert not checkpoint.parent.exists()
@@ -294,7 +297,7 @@ def test_stopping_a_training_leaves_the_bank_whole_and_resuming_goes_on(run, ban
 
 def test_a_quickstart_removes_a_bank_of_its_own_only(bank, tmp_path):
     theirs = fingerprint(ot.Bank.open(bank).backbone)
-    with pytest.raises(BankError, match=r"holds more than a quickstart\. Give"):
+    with pytest.raises(BankError, match=r"of this version\. Give another"):
         quickstart._clear(bank, theirs)  # a domain that it did not train
     empty = ot.Bank.create(tmp_path / "empty", resnet26(width=0.125))
     with pytest.raises(BankError, match="holds more than a quickstart"):
@@ -304,8 +307,47 @@ def test_a_quickstart_removes_a_bank_of_its_own_only(bank, tmp_path):
     with pytest.raises(BankError, match="holds more than a quickstart"):
         quickstart._clear(empty.path, empty.backbone_fingerprint)
     (empty.path / "unfinished" / "mine.safetensors").unlink()
+    (empty.path / "notes.txt").touch()
+    with pytest.raises(BankError, match="holds more than a quickstart of this version"):
+        quickstart._clear(empty.path, empty.backbone_fingerprint)
+    (empty.path / "notes.txt").unlink()
+    (empty.path / "unfinished" / ".onetrunk-0123456789abcdef.tmp").touch()  # of a kill
     quickstart._clear(empty.path, empty.backbone_fingerprint)
     assert bank.exists() and not empty.path.exists()
+
+
+def test_a_training_that_diverged_leaves_nothing_to_resume(run, bank, photos, monkeypatch):
+    def diverging(*_args, checkpoint, **_options):
+        checkpoint.write_bytes(b"of a minute ago")
+        raise DivergedError("step 9 has the loss nan")
+        yield
+
+    monkeypatch.setattr("onetrunk.cli.training.fit", diverging)
+    ran = run("train", bank, "new", "--data", photos, "--no-probe")
+    assert ran.status == 1 and "the loss nan" in ran.err
+    assert not (bank / "unfinished").exists()
+
+
+def test_a_name_that_was_taken_meanwhile_is_refused_before_the_images_are_read(bank):
+    request = Request("stripes", None, "photos")
+    with (
+        pytest.raises(BankError, match="a domain 'stripes' already: it was trained just now"),
+        alone(ot.Bank.open(bank), request),
+    ):
+        pass
+    assert not (bank / "unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    "cut", ["0.3333333333333333,0.3333333333333333,0.3333333333333334", "x", ""]
+)
+def test_a_cut_that_cannot_be_read_is_the_usual_one(photos, bank, cut):
+    card = ot.Bank.open(bank).domains["stripes"]
+    theirs = dataclasses.replace(card, provenance={"data": photos.name, "split": cut})
+    found = load_as_trained(str(photos), theirs)
+    assert found.cut == ((0.7, 0.15, 0.15) if len(cut) < 9 else tuple(map(float, cut.split(","))))
+    elsewhere = dataclasses.replace(theirs, provenance={**theirs.provenance, "data": "other"})
+    assert load_as_trained(str(photos), elsewhere).cut == (0.7, 0.15, 0.15)
 
 
 def test_a_file_is_named_after_its_domain_by_default(run, bank, tmp_path, monkeypatch):
@@ -353,8 +395,8 @@ def test_a_bank_that_cannot_be_written_is_refused_before_the_images_are_read(
 
     monkeypatch.setattr("onetrunk.cli.training.check_writable", refused)
     ran = run("train", bank, "new", "--data", photos)
-    assert ran.status == 1 and "cannot be written: permission denied" in ran.err
-    assert ran.out == ""
+    assert ran.status == 1 and "cannot train into bank" in ran.err
+    assert "permission denied" in ran.err and ran.out == ""
 
 
 def test_every_verb_has_help_with_an_example(run):

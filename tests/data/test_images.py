@@ -71,7 +71,7 @@ def test_classes_in_another_order_keep_every_images_class() -> None:
     turned = images.subset([3, 2, 0]).in_order(("c", "a", "b"))
     assert turned.classes == ("c", "a", "b") and turned.labels.tolist() == [2, 0, 1]
     assert [turned.classes[label] for _, label in turned] == ["b", "c", "a"]
-    assert images.classes == ("a", "b", "c")
+    assert images.classes == ("a", "b", "c") and images.in_order(images.classes) is images
     with pytest.raises(DataError, match=r"in_order\(\['a', 'b'\]\) of the classes"):
         images.in_order(("a", "b"))
 

@@ -7,7 +7,7 @@ two threads. What fails is told at the end with its reason; what was finished st
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import chain
@@ -119,7 +119,7 @@ def run(study: Study, workers: int = 1, progress: Progress | None = None) -> Out
         read_method(method)
     outcome, ledger = Outcome(), Ledger(study.work)
     cells, compressions = study.cells(), study.compressions()
-    _refuse_lone_compressions(study, {cell.key for cell in cells} | ledger.read().keys())
+    _refuse_lone_compressions(study, ledger)
     of_seeds = {seed: [[cell] for cell in cells if cell.seed == seed] for seed in study.seeds}
     total = len(cells) + sum(len(cells) for cells in compressions)
     done = 0
@@ -128,18 +128,21 @@ def run(study: Study, workers: int = 1, progress: Progress | None = None) -> Out
     for work, jobs in stages:
         for records, failure, note in _results(work, jobs, ledger, study.work, workers):
             done += max(1, len(records))
-            outcome.records += [{**record, "study": study.name} for record in records]
+            outcome.records += records
             outcome.failures += [failure] if failure else []
             if progress is not None:
                 progress(min(done, total), total, note)
     return outcome
 
 
-def _refuse_lone_compressions(study: Study, keys: Collection[str]) -> None:
+def _refuse_lone_compressions(study: Study, ledger: Ledger) -> None:
+    """Refuses to compress what is neither trained here nor known."""
     for group in study.compressions():
+        of, keys = source_of(group[0]).method, ledger.read().keys()
+        if of in study.methods or all(compressed_key(cell, group) in keys for cell in group):
+            continue
         missing = [cell.domain for cell in group if source_of(cell).key not in keys]
         if missing:
-            of = source_of(group[0]).method
             raise DataError(
                 f"{group[0].method} needs domains trained with {of}, and {missing[0]!r} is not. "
                 f"Add {of!r} to --methods."
@@ -149,9 +152,16 @@ def _refuse_lone_compressions(study: Study, keys: Collection[str]) -> None:
 def known(study: Study) -> list[dict[str, Any]]:
     """The records of a study's cells that are finished; computes nothing."""
     records = Ledger(study.work).read()
-    keys = [cell.key for cell in study.cells()]
-    keys += [compressed_key(cell, group) for group in study.compressions() for cell in group]
-    return [{**records[key], "study": study.name} for key in keys if key in records]
+    keys = [(cell, cell.key) for cell in study.cells()]
+    keys += [
+        (cell, compressed_key(cell, group)) for group in study.compressions() for cell in group
+    ]
+    return [_of(cell, records[key]) for cell, key in keys if key in records]
+
+
+def _of(cell: Cell, record: dict[str, Any]) -> dict[str, Any]:
+    """A record under the names of this study: it may have been computed for another."""
+    return {**record, "study": cell.study, "backbone": str(cell.trunk)}
 
 
 def _one(cells: list[Cell], ledger: Ledger, work: Path) -> list[dict[str, Any]]:
@@ -186,7 +196,7 @@ def _attempt(
     what = f"{cells[0].trunk} {cells[0].method}"
     what += f" {cells[0].domain}" if len(cells) == 1 else f" on {len(cells)} domains"
     try:
-        records = work(cells, ledger, folder)
+        records = [_of(cells[0], record) for record in work(cells, ledger, folder)]
     except OnetrunkError as error:
         return [], f"{what}: {error}", what
     except Exception as error:  # a rival's, or out of memory: the other cells go on

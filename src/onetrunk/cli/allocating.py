@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from .console import Screen, followed
 from .training import (
     Ready,
     Request,
+    alone,
     attached,
     prepare,
     probe,
-    refuse_unstartable,
     train_ready,
 )
 
@@ -58,8 +59,17 @@ def run(bank: Bank, request: Request, wish: Wish, screen: Screen) -> dict[str, A
             _check_writable(file)
     if wish.map is not None:
         need_matplotlib(f"the map {wish.map}")
-    if not wish.plan_only:
-        refuse_unstartable(bank, request)
+    with nullcontext() if wish.plan_only else alone(bank, request):
+        result, allocation = _allocated(bank, request, wish, screen)
+    if wish.map is not None:
+        draw_site_map(_shares(bank, request.domain, allocation), wish.map)
+        screen.say(f"  map {wish.map}")
+    return result
+
+
+def _allocated(
+    bank: Bank, request: Request, wish: Wish, screen: Screen
+) -> tuple[dict[str, Any], Allocation]:
     ready = prepare(bank, request, screen)
     probed = probe(bank.backbone, ready, request.device, screen)
     found = _measured(bank, request, ready, probed, wish.by, screen)
@@ -78,10 +88,7 @@ def run(bank: Bank, request: Request, wish: Wish, screen: Screen) -> dict[str, A
             provenance={"allocation": f"{allocation.how}, {wish.budget}"},
         )
         result |= train_ready(bank, asked, ready, screen, probed).to_json()
-    if wish.map is not None:
-        draw_site_map(_shares(bank, request.domain, allocation), wish.map)
-        screen.say(f"  map {wish.map}")
-    return result
+    return result, allocation
 
 
 def read_plan(path: Path, backbone: nn.Module) -> Plan:

@@ -36,7 +36,7 @@ def run(
         raise ExportError("name the domains to export, or give --all for every domain of the bank.")
     models = {name: bank.load(name) for name in names}
     together = every or len(names) > 1
-    stem = bank.path.stem if together else names[0]
+    stem = bank.path.resolve().stem if together else names[0]
     out = out or Path(f"{stem}.{file_format or 'safetensors'}")
     if together and (file_format or out.suffix.removeprefix(".")) != "onnx":
         raise ExportError(

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..backbones import backbone as build_backbone
 from ..backbones import fingerprint
-from ..bank.bank import Bank
-from ..bank.folder import UNFINISHED
+from ..bank.bank import Bank, is_bank
+from ..bank.folder import BLOBS, LOCK, MANIFEST, UNFINISHED
 from ..core.merge import difference, merge
 from ..core.tree import copy_tree
 from ..data import Prepared, load
 from ..errors import BankError, MergeError
+from ..files import is_temporary
 from ..training.examples import preprocessing_of
 from ..training.recipe import Recipe
 from .console import Screen, percent, size
@@ -106,11 +107,11 @@ def run(out: Path, screen: Screen, epochs: int | None = None) -> None:
 
 def _clear(out: Path, backbone: str) -> None:
     """Makes room for the bank; only a bank that a quickstart made whole is removed."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+    if not out.exists() or (out.is_dir() and not is_bank(out)):
+        return  # what a creation left that was killed, or what Bank.create refuses
     if not _is_mine(out, backbone):
         raise BankError(
-            f"{out} is there already and holds more than a quickstart. "
+            f"{out} is there already and holds more than a quickstart of this version. "
             "Give another folder: onetrunk quickstart --out FOLDER"
         )
     shutil.rmtree(out)
@@ -123,9 +124,11 @@ def _is_mine(out: Path, backbone: str) -> bool:
         made = all(card.provenance.get(MADE_BY) == "quickstart" for card in bank.domains.values())
     except BankError:
         return False
-    trainings = {path.stem for path in (out / UNFINISHED).glob("*")}
-    others = trainings - {planned.name for planned in DOMAINS}
-    return made and bank.backbone_fingerprint == backbone and not others
+    names = {path.name for path in out.iterdir()} - {MANIFEST, BLOBS, LOCK, UNFINISHED}
+    trainings = {path.name for path in (out / UNFINISHED).glob("*")}
+    names |= {name for name in trainings if Path(name).stem not in {one.name for one in DOMAINS}}
+    foreign = [name for name in names if not is_temporary(name)]
+    return made and bank.backbone_fingerprint == backbone and not foreign
 
 
 def _add(bank: Bank, planned: Planned, screen: Screen, epochs: int | None) -> Trained:

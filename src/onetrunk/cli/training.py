@@ -1,9 +1,8 @@
 """train: one domain from a data source into a bank, with the linear probe as its yardstick."""
 
-import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ..core.attach import Norms, attach, delta, domain_of
 from ..core.cost import Cost, cost
 from ..core.plan import Plan, Where
 from ..data import Prepared, Preprocessing, Splits, load
-from ..errors import BankError, DataError
+from ..errors import BankError, DataError, DivergedError
 from ..files import DISK, check_writable, reason
 from ..training.cached import cached
 from ..training.evaluate import Evaluation, evaluate
@@ -106,51 +105,57 @@ def train_domain(bank: Bank, request: Request, screen: Screen) -> Trained:
     Raises:
         OnetrunkError: of the room that refuses; the bank is then as it was.
     """
-    refuse_unstartable(bank, request)
-    return train_ready(bank, request, prepare(bank, request, screen), screen)
+    with alone(bank, request):
+        return train_ready(bank, request, prepare(bank, request, screen), screen)
 
 
-def refuse_unstartable(bank: Bank, request: Request) -> None:
-    """What would stop a training at its end, or end another one, before the images are read.
+@contextmanager
+def alone(bank: Bank, request: Request) -> Iterator[None]:
+    """For one training of a name at a time, from before its images are read: two would write over
+    each other.
 
     Raises:
-        BankError: for a bank or cache that cannot be written, and a training that was stopped.
+        BankError: for a bank or cache that cannot be written, a name that is being trained or was
+            taken, and a training that was stopped.
     """
-    for folder in (bank.path, request.cache_folder):
+    folder, name = bank.path / UNFINISHED, request.domain
+    lock = folder / f"{name}.lock"
+    with ExitStack() as stack:
         try:
-            if folder is not None and folder.exists():
-                check_writable(folder)
+            if request.cache_folder is not None and request.cache_folder.exists():
+                check_writable(request.cache_folder)
+            check_writable(bank.path)
+            folder.mkdir(exist_ok=True)
+            stack.enter_context(DISK.lock(lock, 0.0))
+        except TimeoutError:
+            raise BankError(
+                f"{name!r} is being trained into {bank.path} by another process. Wait for it, or "
+                "give another name."
+            ) from None
         except OSError as error:
-            raise BankError(f"{folder} cannot be written: {reason(error)}") from error
-    checkpoint = _checkpoint(bank, request)
+            raise BankError(f"cannot train into bank {bank.path}: {reason(error)}") from error
+        try:
+            _refuse_taken(bank, request)
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
+                folder.rmdir()  # where nothing else is under way
+
+
+def _refuse_taken(bank: Bank, request: Request) -> None:
+    name, checkpoint = request.domain, _checkpoint(bank, request)
+    if name in bank.domains and not request.replace:
+        raise BankError(f"bank {bank.path} has a domain {name!r} already: it was trained just now.")
     if checkpoint.exists() and not request.resume:
         raise BankError(
-            f"{checkpoint} is a training of {request.domain!r} that was stopped. Go on with "
-            "--resume, or remove it."
+            f"{checkpoint} is a training of {name!r} that was stopped. Go on with --resume, or "
+            "remove it."
         )
 
 
 def _checkpoint(bank: Bank, request: Request) -> Path:
     return bank.path / UNFINISHED / f"{request.domain}.safetensors"
-
-
-@contextmanager
-def _alone(bank: Bank, domain: str) -> Iterator[None]:
-    """For one training of a name at a time: two would write over each other."""
-    folder = bank.path / UNFINISHED
-    lock = folder / f"{domain}.lock"
-    folder.mkdir(exist_ok=True)
-    try:
-        with DISK.lock(lock, 0.0):
-            yield
-    except TimeoutError:
-        raise BankError(
-            f"{domain!r} is being trained into {bank.path} by another process. Wait for it, or "
-            "give another name."
-        ) from None
-    lock.unlink(missing_ok=True)
-    with suppress(OSError):
-        folder.rmdir()  # where nothing else is under way
 
 
 def prepare(bank: Bank, request: Request, screen: Screen) -> Ready:
@@ -183,19 +188,6 @@ def train_ready(
     n_images = 0 if data["train"] is None else len(data["train"])
     if probed is not None and held_norms(model, request.recipe, n_images):
         start_from_probe(model, probed)  # with a batch's own statistics it would fit no longer
-    with _alone(bank, request.domain):
-        return _trained(bank, model, request, ready, screen, probed)
-
-
-def _trained(
-    bank: Bank,
-    model: nn.Module,
-    request: Request,
-    ready: Ready,
-    screen: Screen,
-    probed: nn.Module | None,
-) -> Trained:
-    data = ready.parts
     scored_on = "test" if data["test"] is not None else "val"
     came = {name: tensor.clone().cpu() for name, tensor in delta(model).items()}
     _fit(bank, model, data, request, screen)
@@ -344,8 +336,12 @@ def _fit(
             device=request.device,
             graphed=request.graphed,
         )
-        for _ in followed(steps, show):
-            pass
+        try:
+            for _ in followed(steps, show):
+                pass
+        except DivergedError:  # it would diverge again: the next training starts anew
+            checkpoint.unlink(missing_ok=True)
+            raise
 
 
 def _store(bank: Bank, request: Request, trained: Trained) -> None:
@@ -355,26 +351,30 @@ def _store(bank: Bank, request: Request, trained: Trained) -> None:
         "linear_probe_accuracy": trained.probe_accuracy,
     }
     provenance = {
-        "data": request.source if ":" in request.source else Path(request.source).name,
+        "data": _named(request.source),
         "recipe": str(request.recipe),
         "train_images": trained.n_images,
         **request.provenance,
     }
     if (cut := request.splits.cut) is not None:
-        provenance[CUT] = ",".join(f"{share:g}" for share in cut)
+        provenance[CUT] = ",".join(map(repr, cut))
     put = bank.replace if request.replace and request.domain in bank.domains else bank.add
     model = trained.model.to(next(bank.backbone.parameters()).device)
     put(request.domain, model, metrics=metrics, provenance=provenance)
     _checkpoint(bank, request).unlink(missing_ok=True)
 
 
+def _named(source: str) -> str:
+    return source if ":" in source else Path(source).name
+
+
 def load_as_trained(source: str, card: Card) -> Splits:
     """A domain's source, cut as it was for its training where it has no splits of its own."""
-    cut = str(card.provenance.get(CUT, ""))
-    if not re.fullmatch(r"[\d.e-]+(,[\d.e-]+){2}", cut):
-        return load(source)
-    train, val, test = map(float, cut.split(","))
-    return load(source, split_fractions=(train, val, test))
+    if card.provenance.get("data") == _named(source):
+        with suppress(ValueError):
+            train, val, test = map(float, str(card.provenance.get(CUT)).split(","))
+            return load(source, split_fractions=(train, val, test))
+    return load(source)
 
 
 def _say_result(trained: Trained, screen: Screen) -> None:

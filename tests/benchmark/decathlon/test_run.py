@@ -225,6 +225,14 @@ def test_results_hold_every_domain_that_is_finished_there(kit, labels, backbone,
         assert [domain.name for domain in report.domains] == [name]
     assert report.answered == ("dtd", "gtsrb") and len(report.lacking) == 8
     assert len(read_results(work / "results.json")) == 12
+    devkit, otherwise = read_devkit(kit, ["aircraft"]), settings(family=Series())
+    list(train(devkit, backbone, otherwise, work))
+    assert conclude(devkit, otherwise, work).answered == ("aircraft",)
+    (work / "predictions" / "gtsrb.json").unlink()
+    assert conclude(read_devkit(kit, ["dtd"]), settings(), work).answered == ("dtd",)
+    list(train(both, backbone, settings(), tmp_path / "again"))
+    conclude(both, settings(), tmp_path / "again")
+    work = tmp_path / "again"
     assert set(score_results(work / "results.json", labels).accuracies) == {"dtd", "gtsrb"}
 
 

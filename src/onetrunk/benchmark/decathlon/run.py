@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -82,9 +82,21 @@ class Settings:
             "data": f"decathlon-1.0 {files.official.name}",
             "train_on": self.train_on,
             "recipe": str(self.recipe),
+            "keep": self.recipe.keep,
+            "decay": f"{self.recipe.adapter_decay(len(files.train)):g}",
             "adapter": "by default" if self.family is None else str(self.family),
             "images": hashlib.sha256(listed).hexdigest()[:16],
         }
+
+    def made(self, card: Card) -> bool:
+        """Whether a domain was trained so, as far as that is the same for all."""
+        same = {
+            "train_on": self.train_on,
+            "recipe": str(self.recipe),
+            "keep": self.recipe.keep,
+            "adapter": "by default" if self.family is None else str(self.family),
+        }
+        return all(card.provenance.get(key) == value for key, value in same.items())
 
 
 def train(
@@ -166,9 +178,16 @@ def conclude(
             )
         answers |= own
     accuracies = {} if labels is None else score_answers(answers, labels).accuracies
-    others = [n for n in DOMAINS if n in bank.domains and n not in devkit.domains]
-    for name in (answered := [n for n in others if _predictions(folder, n).exists()]):
-        answers |= read_results(_predictions(folder, name))
+    answered = []
+    for name in DOMAINS:
+        if (
+            name in bank.domains
+            and name not in devkit.domains
+            and settings.made(bank.domains[name])
+        ):
+            with suppress(DataError):  # one whose answers are gone is lacking
+                answers |= read_results(_predictions(folder, name))
+                answered.append(name)
     write_results(folder / RESULTS, answers)
     cards = {name: bank.domains[name] for name in devkit.domains}
     return Report(
