@@ -204,7 +204,7 @@ def train_ready(
         scored_on,
         None if probed is None else evaluate(probed, data[scored_on]).accuracy,
         cost(model),
-        0 if data["train"] is None else len(data["train"]),
+        n_images,
         time.monotonic() - ready.started,
     )
     _store(bank, request, trained)
