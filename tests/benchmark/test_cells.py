@@ -315,6 +315,12 @@ def test_a_compression_of_a_training_that_failed_says_so(make_study, monkeypatch
     assert "and the training of 'shades' failed" in failures[-1] and len(failures) == 3
 
 
+def test_a_probe_on_all_images_is_computed_once(make_study):
+    study = make_study("head", "norm", seeds=(3, 4))
+    seeds = [(cell.method, cell.seed) for cell in study.cells() if cell.domain == "shades"]
+    assert seeds == [("head", 3), ("norm", 3), ("norm", 4)]
+
+
 def test_a_record_counts_the_classes_with_fewer_images_than_were_asked_for(make_study):
     few, many = (dataclasses.replace(TINY, per_class=n) for n in (4, 50))
     for limited, short in ((few, 0), (many, 2)):
