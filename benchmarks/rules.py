@@ -67,17 +67,21 @@ class Cell:
 
 
 def table(backbone: str) -> Iterator[str]:
-    """Means over domains and seeds that all have, and each against the default measure."""
+    """Means over the default's domains and seeds, of the measures that have them all."""
     found = {c: row for c, row in known(RESULTS, Cell).items() if c.backbone == backbone}
-    seen = sorted({(c.domain, c.seed) for c in found})
-    places = [p for p in seen if all(Cell(backbone, m, *p) in found for m in methods(backbone))]
+    places = sorted((c.domain, c.seed) for c in found if c.method == DEFAULT)
+    shown = [
+        method
+        for method in methods(backbone)
+        if all(Cell(backbone, method, *place) in found for place in places)
+    ]
     n_domains = len({domain for domain, _ in places})
     if n_domains < 2:
         return
     yield f"{backbone}: {n_domains} domains, seeds {sorted({seed for _, seed in places})}"
     yield "| plan | adapters' numbers | accuracy, % | against the default, points | better on |"
     yield "|---|---:|---:|---:|---:|"
-    for method in methods(backbone):
+    for method in shown:
         rows = {place: found[Cell(backbone, method, *place)] for place in places}
         gains = list(_gains(rows, {p: found[Cell(backbone, DEFAULT, *p)] for p in places}))
         low, high = interval(gains) or (0.0, 0.0)
