@@ -20,7 +20,8 @@ import onetrunk.backbones
 from onetrunk.backbones import fingerprint, resnet26
 from onetrunk.cli import quickstart
 from onetrunk.cli.training import Request, alone, load_as_trained
-from onetrunk.errors import BankError, DivergedError
+from onetrunk.data import load
+from onetrunk.errors import BankError, DataError, DivergedError
 from onetrunk.files import DISK
 
 VERBS = ("quickstart", "new", "train", "evaluate", "predict", "list", "show", "verify", "remove")
@@ -348,6 +349,21 @@ def test_a_cut_that_cannot_be_read_is_the_usual_one(photos, bank, cut):
     assert found.cut == ((0.7, 0.15, 0.15) if len(cut) < 9 else tuple(map(float, cut.split(","))))
     elsewhere = dataclasses.replace(theirs, provenance={**theirs.provenance, "data": "other"})
     assert load_as_trained(str(photos), elsewhere).cut == (0.7, 0.15, 0.15)
+
+
+def test_a_source_that_its_cut_does_not_fit_is_refused_and_not_cut_otherwise(
+    photos, bank, tmp_path
+):
+    for name in ("across", "down"):
+        few = tmp_path / photos.name / name
+        few.mkdir(parents=True)
+        for file in sorted((photos / name).iterdir())[:3]:
+            shutil.copy(file, few)
+    card = ot.Bank.open(bank).domains["stripes"]
+    odd = dataclasses.replace(card, provenance={"data": photos.name, "split": "0.5,0.5,0.5"})
+    assert load(tmp_path / photos.name).cut == (0.7, 0.15, 0.15)
+    with pytest.raises(DataError, match="sum to 1"):
+        load_as_trained(str(tmp_path / photos.name), odd)
 
 
 def test_a_file_is_named_after_its_domain_by_default(run, bank, tmp_path, monkeypatch):

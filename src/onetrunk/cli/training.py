@@ -17,6 +17,7 @@ from ..core.attach import Norms, attach, delta, domain_of
 from ..core.cost import Cost, cost
 from ..core.plan import Plan, Where
 from ..data import Prepared, Preprocessing, Splits, load
+from ..data.options import Fractions
 from ..errors import BankError, DataError, DivergedError
 from ..files import DISK, check_writable, reason
 from ..training.cached import cached
@@ -183,12 +184,12 @@ def train_ready(
     data = ready.parts
     model = attached(bank.backbone, request.family, ready, request.where, request.norms)
     _say_family(model, request, screen)
+    scored_on = "test" if data["test"] is not None else "val"
     if request.probe and probed is None:
         probed = probe(bank.backbone, ready, request.device, screen)
     n_images = 0 if data["train"] is None else len(data["train"])
     if probed is not None and held_norms(model, request.recipe, n_images):
         start_from_probe(model, probed)  # with a batch's own statistics it would fit no longer
-    scored_on = "test" if data["test"] is not None else "val"
     came = {name: tensor.clone().cpu() for name, tensor in delta(model).items()}
     _fit(bank, model, data, request, screen)
     if all(torch.equal(tensor.cpu(), came[name]) for name, tensor in delta(model).items()):
@@ -370,11 +371,16 @@ def _named(source: str) -> str:
 
 def load_as_trained(source: str, card: Card) -> Splits:
     """A domain's source, cut as it was for its training where it has no splits of its own."""
-    if card.provenance.get("data") == _named(source):
-        with suppress(ValueError):
-            train, val, test = map(float, str(card.provenance.get(CUT)).split(","))
-            return load(source, split_fractions=(train, val, test))
-    return load(source)
+    cut = _cut_of(card) if card.provenance.get("data") == _named(source) else None
+    return load(source) if cut is None else load(source, split_fractions=cut)
+
+
+def _cut_of(card: Card) -> Fractions | None:
+    try:
+        train, val, test = map(float, str(card.provenance.get(CUT)).split(","))
+    except ValueError:
+        return None  # it had splits of its own, or was trained elsewhere
+    return train, val, test
 
 
 def _say_result(trained: Trained, screen: Screen) -> None:
