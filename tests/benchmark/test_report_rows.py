@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from onetrunk.benchmark.report import MethodLabel, read_rows
+from onetrunk.benchmark.report import MethodLabel, Place, read_rows
 from onetrunk.benchmark.report.overview import facts, missing
 from onetrunk.benchmark.report.rows import with_methods_of
 from onetrunk.benchmark.report.summary import decay_edge, lr_edge
@@ -51,7 +51,7 @@ def test_missing_cells_are_named_by_domain_and_a_whole_table_has_none(table):
     assert line == "mini, resnet26(width=0.5): Probe lacks 2 of 6 cells (signs 2)"
     (line,) = missing([row for row in rows if row.method == "full"], METHODS, expected)
     assert line.endswith("Probe lacks 6 of 6 cells (all)")
-    lone = ("mini", "timm:resnet18", "series", "signs", 0, None)  # of a backbone without a row
+    lone = Place("mini", "timm:resnet18", "series", "signs", 0, None)  # of a backbone without a row
     assert missing(rows, METHODS, [*expected, lone]) == [
         "mini, timm:resnet18: series lacks 1 of 1 cell (all)"
     ]
@@ -73,6 +73,8 @@ def test_the_facts_say_how_the_table_came_about(table):
         (0.01, (0.001, 0.01, 0.1), None),
         (0.01, (0.01,), None),
         (None, (0.01, 0.1), None),
+        (0.0, (0.0, 0.1, 0.3), None),  # a compressed network, as it was
+        (0.1, (0.0, 0.1), None),
     ],
 )
 def test_a_learning_rate_at_the_edge_of_its_grid_is_found(row, lr, tried, edge):

@@ -9,7 +9,6 @@ from onetrunk.benchmark.report import MethodLabel, read_rows
 from onetrunk.benchmark.report.summary import (
     by_domain,
     interval,
-    lr_edge,
     over_domains,
     paired,
     parameters,
@@ -173,20 +172,3 @@ def test_a_study_without_fine_tuning_has_means_and_no_score(row):
 
 def test_equal_values_have_no_spread():
     assert spread([0.5, 0.5]).deviation == 0
-
-
-@pytest.mark.parametrize(
-    ("chosen", "tried", "edge"),
-    [
-        (0.001, (0.001, 0.01), "lowest"),
-        (0.01, (0.001, 0.01), "highest"),
-        (0.01, (0.001, 0.01, 0.1), None),
-        (0.0, (0.0, 0.001, 0.01), None),  # a compressed network, as it was
-        (0.001, (0.0, 0.001), None),
-        (None, (), None),
-    ],
-)
-def test_an_edge_is_where_a_better_rate_may_lie_beyond(row, chosen, tried, edge):
-    trials = [{"lr": lr, "decay": 0.05, "val_accuracy": 0.5} for lr in tried]
-    (read,) = read_rows([row("parallel", "signs", 0, lr=chosen, trials=trials)])
-    assert lr_edge(read) == edge

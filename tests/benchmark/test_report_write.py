@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from onetrunk.benchmark.report import MethodLabel, read_rows, write_report
+from onetrunk.benchmark.report import MethodLabel, Place, read_rows, write_report
 from onetrunk.errors import DataError, MissingExtraError
 
 METHODS = [
@@ -52,7 +52,7 @@ def files(rows, tmp_path_factory):
 
 
 def test_what_is_missing_is_listed_with_the_reasons(rows, tmp_path):
-    expected = [("mini", rows[0]["backbone"], "head", "gone", 0, None)]
+    expected = [Place("mini", rows[0]["backbone"], "head", "gone", 0, None)]
     write_report(
         rows, METHODS, tmp_path, "A study", COMMAND, expected, ["left out: head gone: no test"]
     )

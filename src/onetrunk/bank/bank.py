@@ -474,7 +474,8 @@ class Bank:
         form, blob = self.backbone_form, self._store.read_backbone()
         if form.startswith(OWN_MODULE):
             raise BankError(
-                f"bank {self.path} was made with a module of your own, {form[7:]}: open it with "
+                f"bank {self.path} was made with a module of your own, "
+                f"{form.removeprefix(OWN_MODULE)}: open it with "
                 "Bank.open(path, backbone=that_module)."
             )
         _refuse_unsafe(form, f"bank {self.path}")
@@ -533,7 +534,7 @@ class Bank:
             if form.startswith(OWN_MODULE) and self._home is None:
                 remarks.append(
                     f"the domains were read and not built: their backbone is a module of your own, "
-                    f"{form[7:]}. Give it to Bank.open."
+                    f"{form.removeprefix(OWN_MODULE)}. Give it to Bank.open."
                 )
                 return None
             home = self.backbone

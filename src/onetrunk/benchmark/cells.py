@@ -104,8 +104,8 @@ def run_cell(cell: Cell, ledger: Ledger, work: Path) -> dict[str, Any]:
     assert not isinstance(method, Compressed)  # those have a file of their own
     if method == Placed(Head()):
         model = probed(setting)
-        facts: dict[str, Any] = {"trials": [], "lr": None, "decay": None, "norm_statistics": None}
-        facts["epochs"] = None  # to its optimum
+        facts: dict[str, Any] = {"trials": []}
+        facts |= dict.fromkeys(("lr", "decay", "norm_statistics", "epochs"))  # to its optimum
     else:
         model, facts = _tuned(cell, method, setting, ledger, work)
     record = {

@@ -75,8 +75,10 @@ class Study:
     def places(self) -> list[Place]:
         """What a report of the study has rows for once every cell is finished."""
         return [
-            (self.name, str(cell.trunk), cell.method, cell.domain, cell.seed,
-             cell.protocol.per_class)
+            Place(
+                self.name, str(cell.trunk), cell.method,
+                cell.domain, cell.seed, cell.protocol.per_class,
+            )
             for cell in (*self.cells(), *chain.from_iterable(self.compressions()))
         ]  # fmt: skip
 

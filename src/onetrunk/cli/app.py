@@ -750,7 +750,8 @@ def main() -> None:
     except typer.Abort:
         _fail("nothing was changed.")
     except KeyboardInterrupt:
-        resumes = " A training goes on with --resume." if _may_resume() else ""
+        may_resume = sys.argv[1:2] in (["train"], ["allocate"], ["pretrain"])
+        resumes = " A training goes on with --resume." if may_resume else ""
         _fail(f"stopped; nothing half-written is left.{resumes}")
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
@@ -764,10 +765,6 @@ def main() -> None:
             error.show()
             sys.exit(error.exit_code)
         raise
-
-
-def _may_resume() -> bool:
-    return any(verb in sys.argv[1:2] for verb in ("train", "allocate", "pretrain"))
 
 
 def _fail(message: str) -> None:

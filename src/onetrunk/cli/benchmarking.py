@@ -207,13 +207,14 @@ def _listed(text: str, between: str) -> tuple[str, ...]:
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
-        if numbers := tuple(int(part) for part in _listed(text, ",")):
-            return numbers
+        numbers = tuple(int(part) for part in _listed(text, ","))
     except ValueError:
-        pass
-    raise typer.BadParameter(
-        f"{text!r} is no list of whole numbers such as 0,1,2", param_hint=option
-    )
+        numbers = ()
+    if not numbers:
+        raise typer.BadParameter(
+            f"{text!r} is no list of whole numbers such as 0,1,2", param_hint=option
+        )
+    return numbers
 
 
 def _run(name: str, wish: "Wish", workers: int, report_only: bool, screen: Screen) -> None:

@@ -54,8 +54,14 @@ def decathlon(
     from ..backbones import backbone as build_backbone
     from ..backbones.written_form import is_untrained
     from ..bank.bank import usable_device
-    from ..benchmark.decathlon import Settings, check_labels, conclude, read_devkit, train
-    from ..benchmark.decathlon.run import steps_left
+    from ..benchmark.decathlon import (
+        Settings,
+        check_labels,
+        conclude,
+        read_devkit,
+        steps_left,
+        train,
+    )
     from ..core.adapters import read_family
     from ..training.recipe import read_recipe
 

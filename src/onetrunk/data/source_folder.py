@@ -111,7 +111,7 @@ def _class_files(folder: Path, root: Path, skipped: list[str]) -> dict[str, list
                 f"folders {folder_of[class_name]!r} and {entry.name!r} in {str(folder)!r} are the "
                 "same class name in two spellings of Unicode. Merge them."
             )
-        files[class_name] = list(_images_below(entry, root, skipped))
+        files[class_name] = list(images_below(entry, root, skipped))
         folder_of[class_name] = entry.name
         if not files[class_name]:
             raise DataError(
@@ -135,9 +135,10 @@ def _class_name(folder: Path) -> str:
     return unicodedata.normalize("NFC", folder.name)
 
 
-def _images_below(class_folder: Path, root: Path, skipped: list[str]) -> Iterator[Path]:
+def images_below(top: Path, root: Path, skipped: list[str]) -> Iterator[Path]:
+    """Image files at any depth; other files are added to `skipped`, relative to `root`."""
     visited: set[tuple[int, int]] = set()
-    waiting = [class_folder]
+    waiting = [top]
     while waiting:
         folder = waiting.pop()
         status = folder.stat()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.attach import domain_of
 from ..data import Images, Preprocessing, decode
-from ..data.source_folder import ENDINGS
+from ..data.source_folder import ENDINGS, images_below
 from ..errors import DataError
 from .evaluate import ready
 from .examples import preprocessing_of
@@ -179,14 +179,8 @@ def _listed(images: Any) -> list[tuple[str, Any]]:
 
 
 def _files(folder: Path) -> list[tuple[str, Any]]:
-    """Its image files, hidden ones apart: those that a training would take."""
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in ENDINGS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    """Its image files: those that a training would take."""
+    found = sorted(images_below(folder, folder, []))
     if not found:
         raise DataError(f"{folder}: no image below this folder ({', '.join(sorted(ENDINGS))}).")
     return [(str(path), path) for path in found]

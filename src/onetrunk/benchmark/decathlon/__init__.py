@@ -24,6 +24,7 @@ _WHERE = {
     "preprocessing": "protocol",
     "Settings": "run",
     "train": "run",
+    "steps_left": "run",
     "conclude": "run",
     "Report": "report",
     "read_results": "submission",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .report import Report as Report
     from .run import Settings as Settings
     from .run import conclude as conclude
+    from .run import steps_left as steps_left
     from .run import train as train
     from .submission import check_labels as check_labels
     from .submission import read_results as read_results

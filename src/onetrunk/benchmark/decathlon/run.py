@@ -80,23 +80,22 @@ class Settings:
         listed = repr((rows.ids, rows.labels, files.category_ids)).encode()
         return {
             "data": f"decathlon-1.0 {files.official.name}",
-            "train_on": self.train_on,
-            "recipe": str(self.recipe),
-            "keep": self.recipe.keep,
+            **self._of_all(),
             "decay": f"{self.recipe.adapter_decay(len(files.train)):g}",
-            "adapter": "by default" if self.family is None else str(self.family),
             "images": hashlib.sha256(listed).hexdigest()[:16],
         }
 
     def made(self, card: Card) -> bool:
         """Whether a domain was trained so, as far as that is the same for all."""
-        same = {
+        return self._of_all().items() <= dict(card.provenance).items()
+
+    def _of_all(self) -> dict[str, str]:
+        return {
             "train_on": self.train_on,
             "recipe": str(self.recipe),
             "keep": self.recipe.keep,
             "adapter": "by default" if self.family is None else str(self.family),
         }
-        return all(card.provenance.get(key) == value for key, value in same.items())
 
 
 def train(
@@ -179,12 +178,8 @@ def conclude(
         answers |= own
     accuracies = {} if labels is None else score_answers(answers, labels).accuracies
     answered = []
-    for name in DOMAINS:
-        if (
-            name in bank.domains
-            and name not in devkit.domains
-            and settings.made(bank.domains[name])
-        ):
+    for name in (n for n in DOMAINS if n in bank.domains and n not in devkit.domains):
+        if settings.made(bank.domains[name]):
             with suppress(DataError):  # one whose answers are gone is lacking
                 answers |= read_results(_predictions(folder, name))
                 answered.append(name)

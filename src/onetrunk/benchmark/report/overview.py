@@ -33,7 +33,7 @@ def missing(
     """Sentences on the cells of `expected` that are not there; empty where the table is whole."""
     found, done = [], {row.place for row in rows}
     labels = {method.name: method.label for method in methods}
-    of_method = grouped(expected, lambda place: place[:3])
+    of_method = grouped(expected, lambda at: (at.study, at.backbone, at.method))
     for (study, backbone, method), places in of_method.items():
         absent = [place for place in places if place not in done]
         if absent:
@@ -60,7 +60,7 @@ def duration(seconds: float) -> str:
 
 def _named(absent: Sequence[Place]) -> str:
     """Domains and how many cells of each are missing."""
-    of_domain = grouped(absent, lambda place: place[3])
+    of_domain = grouped(absent, lambda place: place.domain)
     names = [f"{domain} {len(places)}" for domain, places in of_domain.items()]
     rest = [f"{len(names) - N_NAMED} more domains"] if len(names) > N_NAMED else []
     return ", ".join([*names[:N_NAMED], *rest])

@@ -7,7 +7,7 @@ table of a study grows over several runs: a cell that was run twice counts once,
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -16,8 +16,17 @@ from onetrunk.errors import DataError
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Place = tuple[str, str, str, str, int, int | None]
-"""What a cell is of: study, backbone, method, domain, seed, images a class."""
+
+
+class Place(NamedTuple):
+    """What a cell is of; `per_class` images of each class, or None where all were used."""
+
+    study: str
+    backbone: str
+    method: str
+    domain: str
+    seed: int
+    per_class: int | None
 
 
 @dataclass(frozen=True)
@@ -89,9 +98,7 @@ class Row:
     @property
     def place(self) -> Place:
         """The cell that it is of."""
-        return (
-            self.study, self.backbone, self.method, self.domain, self.seed, self.per_class,
-        )  # fmt: skip
+        return Place(self.study, self.backbone, self.method, self.domain, self.seed, self.per_class)
 
 
 def read_rows(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
