@@ -6,6 +6,7 @@ import io
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import onetrunk.benchmark.cells as cells_module
+import onetrunk.benchmark.compressed as compressed
 from onetrunk.bank.bank import Bank
 from onetrunk.bank.names import is_name
 from onetrunk.benchmark import protocol
@@ -23,6 +25,7 @@ from onetrunk.benchmark.methods import read_method
 from onetrunk.benchmark.protocol import Protocol, Tuning
 from onetrunk.benchmark.report import read_rows
 from onetrunk.benchmark.study import Study, domains_in, known, run
+from onetrunk.core.attach import domain_of
 from onetrunk.data import load
 from onetrunk.errors import DataError, DivergedError, TrainingError
 from onetrunk.training.recipe import Recipe
@@ -352,6 +355,34 @@ def test_a_study_compresses_what_it_trained(make_study):
     assert joint["numbers"] < by_method["parallel"]["numbers"]
     again = run(study)
     assert again.records == outcome.records == known(study)
+
+
+@pytest.mark.parametrize("form", ["compress", "svd"])
+@pytest.mark.parametrize("better", [True, False])
+def test_a_basis_is_tuned_with_its_domains_where_validation_images_say_so(
+    make_study, monkeypatch, form, better
+):
+    study = make_study("parallel", f"{form}(of='parallel', keep=0.5, tune='all')")
+    before, after = {}, {}
+    tuned = compressed._basis_tuned
+
+    def watched(cells, models, *rest):
+        before.update({cell.domain: domain_of(models[cell.domain]).basis for cell in cells})
+        accuracies = iter([0.5] * len(cells) + [1.0 if better else 0.5] * 9)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                compressed, "evaluate", lambda *_: SimpleNamespace(accuracy=next(accuracies))
+            )
+            found = tuned(cells, models, *rest)
+        after.update({name: domain_of(model).basis for name, model in found.items()})
+        return found
+
+    monkeypatch.setattr(compressed, "_basis_tuned", watched)
+    outcome = run(study)
+    assert not outcome.failures
+    assert {"shades", "stripes"} == set(before) == set(after)
+    assert all((after[name] != before[name]) is better for name in before)
+    assert (after["shades"] == after["stripes"]) is (form == "compress")
 
 
 def test_two_processes_compute_what_one_does(make_study, tmp_path):

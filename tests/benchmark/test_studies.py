@@ -35,6 +35,10 @@ def test_a_study_has_everything_once_in_one_form(tmp_path):
             ["svd(of='series', keep=0.5)", "svd(of='series', keep=0.5, share='output')"],
             ["compressed alone, keep 0.5", "compressed alone by output, keep 0.5"],
         ),
+        (
+            ["compress(of='series', keep=0.5)", "compress(of='series', keep=0.5, tune='all')"],
+            ["compressed joint, keep 0.5", "compressed joint, keep 0.5, basis tuned"],
+        ),
     ],
 )
 def test_no_two_methods_have_one_label(methods, labels):

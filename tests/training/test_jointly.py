@@ -108,6 +108,15 @@ def test_a_domain_without_data_is_refused(compressed, data):
         next(iter(fit_jointly(compressed, {"d0": data["d0"]}, RECIPE)))
 
 
+def test_every_domain_may_have_a_recipe_of_its_own_and_none_is_left_without(compressed, data):
+    recipes = {name: ot.Recipe(epochs=1 + n) for n, name in enumerate(data)}
+    steps = [name for name, _ in fit_jointly(compressed, data, recipes, device="cpu")]
+    short, *_, long = data
+    assert steps.count(long) > steps.count(short)
+    with pytest.raises(TrainingError, match="domain 'd0' has no recipe"):
+        next(iter(fit_jointly(compressed, data, {"d1": RECIPE})))
+
+
 def test_a_checkpoint_over_another_basis_does_not_fit(compressed, make_model, data, tmp_path):
     file = tmp_path / "tuning"
     for _ in fit(compressed["d0"], data["d0"], RECIPE, checkpoint=file, device="cpu"):

@@ -1,13 +1,15 @@
 """Cells of compressed methods: all trained domains of one method, factored together and tuned.
 
 The basis is made of every domain at once, so a study's domains are one piece of work. Of each
-domain's network as compressed and after tuning at each of `FACTORS`, validation images choose.
+domain's network as compressed and after tuning at each of `FACTORS`, validation images choose. With
+`tune="all"` the same choice is made for the basis before that, by the mean over its domains.
 """
 
 import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -15,10 +17,12 @@ from torch import nn
 from ..bank.bank import Bank, is_bank
 from ..core.activations import activation_covariances
 from ..core.attach import domain_of
-from ..core.compress import compress, rebuilt
+from ..core.compress import compress, rebuilt, with_frozen_basis, with_trainable_basis
 from ..errors import DataError
 from ..training.evaluate import evaluate
 from ..training.fit import fit
+from ..training.jointly import fit_jointly
+from ..training.recipe import Recipe
 from .cells import Cell, bank_name, bank_path, figures, setting_of, train_again
 from .ledger import Ledger, digest_of
 from .methods import Compressed, read_method
@@ -45,13 +49,19 @@ def run_compressed(cells: list[Cell], ledger: Ledger, work: Path) -> list[dict[s
     settings = {cell.domain: setting_of(cell) for cell in cells}
     tunings, models = _trained(cells, ledger, work, settings[cells[0].domain].backbone)
     made, shared = _compressed(models, method, settings)
+    untuned = {name: evaluate(made[name], settings[name].val).accuracy for name in made}
+    if method.tune == "all":
+        groups = [[cell] for cell in cells] if method.alone else [cells]
+        for group in groups:
+            made |= _basis_tuned(group, made, settings, tunings)
     seconds = (time.monotonic() - started) / len(cells)
     records = []
     for cell in cells:
         if keys[cell.domain] not in known:
             name = cell.domain
             record = _tuned(cell, made[name], settings[name], tunings[name], seconds)
-            record |= {"key": keys[cell.domain], "shared_numbers": shared}
+            record |= {"untuned_val_accuracy": untuned[name], "shared_numbers": shared}
+            record["key"] = keys[cell.domain]
             ledger.append(record)
             known[keys[cell.domain]] = record
         records.append(known[keys[cell.domain]])
@@ -120,17 +130,50 @@ def _compressed(
     return made, 0 if basis is None else basis.numbers
 
 
+def _basis_tuned(
+    cells: list[Cell],
+    models: Mapping[str, nn.Module],
+    settings: Mapping[str, Setting],
+    tunings: Mapping[str, Tuning],
+) -> dict[str, nn.Module]:
+    """The domains of `cells` over their basis as it is, or trained with them: what is best."""
+    names = [cell.domain for cell in cells]
+    best = {name: models[name] for name in names}
+    if any(domain_of(model).basis is None for model in best.values()):
+        return best  # no site was worth factoring
+    train = {name: settings[name].train for name in names}
+
+    def mean_accuracy(found: Mapping[str, nn.Module]) -> float:
+        return fmean(evaluate(found[name], settings[name].val).accuracy for name in names)
+
+    best_accuracy = mean_accuracy(best)
+    for share in FACTORS:
+        loose = with_trainable_basis({name: models[name] for name in names})
+        recipes = {cell.domain: _recipe(cell, tunings[cell.domain], share) for cell in cells}
+        for _ in fit_jointly(loose, train, recipes):
+            pass
+        found = with_frozen_basis(loose)
+        accuracy = mean_accuracy(found)
+        if accuracy > best_accuracy:
+            best, best_accuracy = found, accuracy
+    return best
+
+
+def _recipe(cell: Cell, source: Tuning, share: float) -> Recipe:
+    """Of a tuning at a share of the rates that the domain was trained at."""
+    tuning = dataclasses.replace(source, factor=source.factor * share)
+    return cell.protocol.recipe(tuning, cell.seed, cell.protocol.tune_epochs)
+
+
 def _tuned(
     cell: Cell, model: nn.Module, setting: Setting, source: Tuning, seconds: float
 ) -> dict[str, Any]:
     started = time.monotonic()
-    untuned = evaluate(model, setting.val).accuracy
-    best, best_accuracy, chosen = model, untuned, 0.0
-    trials = [{"lr": 0.0, "decay": source.decay, "val_accuracy": untuned}]
+    best, best_accuracy, chosen = model, evaluate(model, setting.val).accuracy, 0.0
+    trials = [{"lr": 0.0, "decay": source.decay, "val_accuracy": best_accuracy}]
     for share in FACTORS:
         candidate = _copy(model)
-        tuning = dataclasses.replace(source, factor=source.factor * share)
-        recipe = cell.protocol.recipe(tuning, cell.seed, cell.protocol.tune_epochs)
+        recipe = _recipe(cell, source, share)
         for _ in fit(candidate, setting.train, recipe, val=setting.val, graphed=cell.graphed):
             pass
         accuracy = evaluate(candidate, setting.val).accuracy
@@ -146,7 +189,6 @@ def _tuned(
         "lr": chosen,
         "decay": source.decay,
         "norm_statistics": source.statistics,
-        "untuned_val_accuracy": untuned,
         "n_train": len(setting.train),
         "seconds": round(seconds + time.monotonic() - started, 1),
     }

@@ -11,7 +11,8 @@
     lora(like='parallel')    PEFT's LoRA on the same layers at about equal numbers, norms saved
     lora(like='parallel', norms=True)                and its norms trained too
     compress(of='parallel', keep=0.5)                joint compression of trained domains, tuned;
-                             also share='output' or 'both', weighted=False
+                             also share='output' or 'both', weighted=False, and tune='all':
+                             the basis too, by all domains, before each tunes its own
     svd(of='parallel', keep=0.5)                     each domain's adapters truncated alone, tuned
 
 To add one: a frozen dataclass here and its line in _BUILDERS.
@@ -38,6 +39,7 @@ from .lora import peft_lora
 from .setting import Setting
 
 Group = Literal["reference", "adapters", "budgeted", "compressed", "rival"]
+Tuned = Literal["own", "all"]  # after compression: the domains' own factors, or their basis first
 STAGES = ("early", "mid", "late")
 CONVS = ("first", "second")
 
@@ -147,13 +149,14 @@ class Compressed:
     keep: float
     share: Share = "input"
     weighted: bool = True
+    tune: Tuned = "own"
     alone: bool = False
     group: ClassVar[Group] = "compressed"
 
     def __str__(self) -> str:
         name = "svd" if self.alone else "compress"
-        fields = {"of": self.of, "keep": self.keep, **_changed(self, "share", "weighted")}
-        return written.write(name, fields)
+        options = _changed(self, "share", "weighted", "tune")
+        return written.write(name, {"of": self.of, "keep": self.keep, **options})
 
 
 Method = Placed | Scratch | Allocate | Uniform | Lora | Compressed
@@ -237,6 +240,8 @@ def _check(method: Method, text: str) -> None:
             raise SpecError(f"method {text!r}: keep is a share above 0, at most 1.")
         if method.share not in get_args(Share):
             raise SpecError(f"method {text!r}: `share` is one of {', '.join(get_args(Share))}.")
+        if method.tune not in get_args(Tuned):
+            raise SpecError(f"method {text!r}: `tune` is one of {', '.join(get_args(Tuned))}.")
     if isinstance(method, Allocate):
         if method.by not in get_args(By):
             raise SpecError(f"method {text!r}: `by` is one of {', '.join(get_args(By))}.")

@@ -142,7 +142,8 @@ def _label(method: str) -> str:
     if isinstance(read, Compressed):
         kind = "alone" if read.alone else "joint"
         side = "" if read.share == Compressed.share else f" by {read.share}"
-        return f"compressed {kind}{side}, keep {read.keep:g}"
+        tuned = "" if read.tune == Compressed.tune else ", basis tuned"
+        return f"compressed {kind}{side}, keep {read.keep:g}{tuned}"
     return LABELS.get(method, method)
 
 

@@ -45,7 +45,7 @@ def interleave(trainings: Mapping[str, Iterator[Step]]) -> Iterator[tuple[str, S
 def fit_jointly(
     models: Mapping[str, nn.Module],
     train: Mapping[str, Any],
-    recipe: Recipe | None = None,
+    recipe: Recipe | Mapping[str, Recipe] | None = None,
     *,
     device: str | torch.device | None = None,
 ) -> Iterator[tuple[str, Step]]:
@@ -60,14 +60,22 @@ def fit_jointly(
 
     Args:
         train: domain -> its data, as for `fit`.
+        recipe: of all, or domain -> its own.
 
     Raises:
-        TrainingError: where a domain has no data, and as `fit`.
+        TrainingError: where a domain has no data or no recipe, and as `fit`.
     """
+    recipes = recipe if isinstance(recipe, Mapping) else dict.fromkeys(models, recipe)
     for name in models:
         if name not in train:
             raise TrainingError(
                 f"domain {name!r} has no training data, and the others would move the basis under "
                 "it. Give data for every domain, or tune each one's own factors with fit."
             )
-    yield from interleave({n: fit(m, train[n], recipe, device=device) for n, m in models.items()})
+        if name not in recipes:
+            raise TrainingError(
+                f"domain {name!r} has no recipe. Give one for every domain, or one for all."
+            )
+    yield from interleave(
+        {n: fit(m, train[n], recipes[n], device=device) for n, m in models.items()}
+    )
