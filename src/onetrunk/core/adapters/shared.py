@@ -129,6 +129,8 @@ class Shared(Family):
 class SharedAdapter(Adapter):
     """The domain's factor `g` between (or beside) the basis' factors, which are not trained."""
 
+    inner = (RIGHT,)  # where the basis is trained too
+
     def __init__(self, site: Site, family: Shared, factors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.site, self.dropout = site, family.dropout
