@@ -46,6 +46,8 @@ def test_a_method_is_written_as_it_is_read(form):
         ("compress(of='parallel', keep='x')", SpecError, "keep is a share above 0"),
         ("compress(of='parallel', keep=0.5, share='left')", SpecError, "`share` is one of"),
         ("svd(of='parallel', keep=0.5, tune='none')", SpecError, "`tune` is one of own, all"),
+        ("allocate(budget='few%')", SpecError, "method .*: cannot read the budget 'few%'"),
+        ("uniform(budget=0.5)", SpecError, "cannot read the budget 0.5: write numbers"),
         ("allocate(by='guess')", SpecError, "`by` is one of gradient, curvature, trained"),
         ("allocate(layers='some')", AttachError, "known are auto, spatial, pointwise, all"),
         ("svd(of='parallel', keep=0.5, x=1)", SpecError, "unexpected keyword argument 'x'"),

@@ -74,6 +74,14 @@ def test_a_method_that_lacks_cells_takes_no_part_and_is_named(rows):
     )
 
 
+def test_a_probe_of_one_seed_on_all_images_is_compared_with_every_seed(rows):
+    made = [dict(row, method="head") for row in rows if row["method"] == "parallel"]
+    probe = [row | {"test_accuracy": 0.99} for row in made if row["seed"] == 0]
+    found = {c.level: c for c in contests(read_rows([*rows, *probe]))}
+    assert found[None].winner == "head" and found[None].incomplete == ()
+    assert found[5].winner == "parallel" and found[5].incomplete == ("head",)
+
+
 def test_methods_with_as_many_but_other_cells_are_not_compared(rows):
     lucky = [
         row | {"test_accuracy": 0.99} if row["method"] == "norm" else row

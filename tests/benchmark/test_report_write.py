@@ -38,7 +38,7 @@ class Page(HTMLParser):
 
 
 def written(rows, out, methods=METHODS):
-    return {path.name: path for path in write_report(rows, methods, out, "A study", COMMAND)}
+    return {path.name: path for path in write_report(rows, methods, out, "mini", COMMAND)}
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +54,38 @@ def files(rows, tmp_path_factory):
 def test_what_is_missing_is_listed_with_the_reasons(rows, tmp_path):
     expected = [Place("mini", rows[0]["backbone"], "head", "gone", 0, None)]
     write_report(
-        rows, METHODS, tmp_path, "A study", COMMAND, expected, ["left out: head gone: no test"]
+        rows, METHODS, tmp_path, "mini", COMMAND, expected, ["left out: head gone: no test"]
     )
-    said = json.loads((tmp_path / "results.json").read_text())["missing"]
+    said = json.loads((tmp_path / "mini.json").read_text())["missing"]
     assert said == [
         f"mini, {rows[0]['backbone']}: Probe lacks 1 of 1 cell (all)",
         "left out: head gone: no test",
     ]
-    assert all(line in (tmp_path / "table.md").read_text() for line in said)
+    assert all(line in (tmp_path / "mini.md").read_text() for line in said)
 
 
 def test_the_report_is_whole_and_its_pictures_are_pngs(files):
-    assert {"table.md", "results.json", "report.html"} < set(files)
+    assert {"mini.md", "mini.json", "mini.html"} < set(files)
     pictures = [path for name, path in files.items() if name.endswith(".png")]
     assert len(pictures) == 5  # accuracy twice, change by layer, a map of each adapted method
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in pictures)
-    assert set(files.values()) == set(files["table.md"].parent.iterdir())
+    assert set(files.values()) == set(files["mini.md"].parent.iterdir())
+
+
+def test_a_report_replaces_the_earlier_one_and_leaves_other_files_alone(rows, tmp_path):
+    before = written(rows, tmp_path)
+    own = [tmp_path / "mine.png", *write_report(rows, METHODS, tmp_path / "t", "transfer", "x")]
+    own[0].write_bytes(b"mine")
+    after = written([row for row in rows if row["method"] == "head"], tmp_path)
+    assert set(after) < set(before)
+    assert {path for path in tmp_path.iterdir() if path.is_file()} == {*after.values(), own[0]}
+    (tmp_path / "mini.json").write_text('{"pictures": ["../out.png", "mine.png.txt", 3]}')
+    written(rows[:1], tmp_path)
+    assert all(path.exists() for path in own)
 
 
 def test_the_page_needs_nothing_but_itself(files):
-    text = files["report.html"].read_text()
+    text = files["mini.html"].read_text()
     page = Page(text)
     assert not {"link", "iframe", "object", "embed", "a"} & {tag for tag, _ in page.tags}
     sources = [attributes["src"] for _, attributes in page.tags if "src" in attributes]
@@ -83,7 +95,7 @@ def test_the_page_needs_nothing_but_itself(files):
             b"\x89PNG"
         )
     assert not re.search(r"https?:|url\(|@import|//\w", re.sub(r"base64,[\w+/=]+", "", text))
-    assert COMMAND in page.text and "A study" in page.text
+    assert COMMAND in page.text and "onetrunk: mini" in page.text
 
 
 def test_names_from_rows_are_text_and_nothing_else(row, tmp_path):
@@ -92,26 +104,26 @@ def test_names_from_rows_are_text_and_nothing_else(row, tmp_path):
         row("full", HOSTILE, 0, backbone=HOSTILE, study=HOSTILE),
     ]
     files = written(hostile, tmp_path)
-    page = Page(files["report.html"].read_text())
+    page = Page(files["mini.html"].read_text())
     scripts = [attributes for tag, attributes in page.tags if tag == "script"]
     assert scripts == [{"type": "application/json", "id": "results"}]
     assert page.text.count(HOSTILE) > 3
-    assert "<script>" not in files["table.md"].read_text()
+    assert "<script>" not in files["mini.md"].read_text()
     assert all(re.fullmatch(r"[\w.-]+", name) for name in files)
     assert set(files.values()) == set(tmp_path.iterdir())
 
 
 def test_the_rows_are_in_the_page_and_in_the_json(rows, files):
-    kept = json.loads(files["results.json"].read_text())["rows"]
+    kept = json.loads(files["mini.json"].read_text())["rows"]
     assert [row["test_accuracy"] for row in kept] == [row["test_accuracy"] for row in rows]
-    text = files["report.html"].read_text()
+    text = files["mini.html"].read_text()
     embedded = re.search(r'id="results">(.*?)</script>', text, flags=re.S)
     assert json.loads(embedded[1]) == kept
 
 
 def test_the_figures_of_the_json_are_those_of_the_table(files):
-    markdown = files["table.md"].read_text()
-    (section,) = json.loads(files["results.json"].read_text())["sections"]
+    markdown = files["mini.md"].read_text()
+    (section,) = json.loads(files["mini.json"].read_text())["sections"]
     for method in section["methods"]:
         assert f"{100 * method['accuracy']['mean']:.1f}" in markdown
     assert f"- command: {COMMAND}" in markdown
@@ -119,12 +131,12 @@ def test_the_figures_of_the_json_are_those_of_the_table(files):
 
 def test_what_is_missing_stands_above_the_tables(rows, tmp_path):
     expected = [row.place for row in read_rows(rows)]
-    write_report(rows[:-1], METHODS, tmp_path, "A study", COMMAND, expected)
+    write_report(rows[:-1], METHODS, tmp_path, "mini", COMMAND, expected)
     files = {path.name: path for path in tmp_path.iterdir()}
     line = "mini, resnet26(width=0.5): Fine-tuning lacks 1 of 4 cells (faces 1)"
-    assert line in Page(files["report.html"].read_text()).text
-    assert line in files["table.md"].read_text()
-    assert json.loads(files["results.json"].read_text())["missing"] == [line]
+    assert line in Page(files["mini.html"].read_text()).text
+    assert line in files["mini.md"].read_text()
+    assert json.loads(files["mini.json"].read_text())["missing"] == [line]
 
 
 def test_each_study_and_backbone_has_a_section_of_its_own(rows, table, tmp_path):
@@ -132,7 +144,7 @@ def test_each_study_and_backbone_has_a_section_of_its_own(rows, table, tmp_path)
     others = table(["head", "full"], **few, backbone="timm:resnet18")
     transfer = table(["parallel", "full"], **few, study="transfer", per_class=5)
     files = written([*rows[:2], *others, *transfer], tmp_path)
-    sections = json.loads(files["results.json"].read_text())["sections"]
+    sections = json.loads(files["mini.json"].read_text())["sections"]
     assert [section["title"] for section in sections] == [
         "mini: resnet26(width=0.5)", "mini: timm:resnet18", "transfer: resnet26(width=0.5)",
     ]  # fmt: skip
@@ -143,12 +155,12 @@ def test_a_probe_alone_changes_no_layer_and_has_no_rate_to_show(row, tmp_path):
     probe = row("head", "signs", 0, lr=None, decay=None, trials=[], site_change={"stem": 0.0})
     files = written([probe], tmp_path)
     assert not [name for name in files if name.startswith("change")]
-    assert "Chosen" not in files["table.md"].read_text()
+    assert "Chosen" not in files["mini.md"].read_text()
 
 
 def test_a_second_report_replaces_the_first(rows, tmp_path):
-    first = written(rows[:1], tmp_path)["table.md"].read_text()
-    assert written(rows[:2], tmp_path)["table.md"].read_text() != first
+    first = written(rows[:1], tmp_path)["mini.md"].read_text()
+    assert written(rows[:2], tmp_path)["mini.md"].read_text() != first
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 import onetrunk as ot
+from onetrunk.cli import allocating, training
 
 BUDGET = "5000"
 
@@ -35,6 +36,28 @@ def test_only_the_plan_leaves_the_bank_alone(run, photos, bank, by):
     assert found["how"] == by and 0 < found["numbers"] <= found["budget"]
     assert "accuracy" not in found and len(found["shares"]) == 25
     assert ot.Bank.open(bank).domains["stripes"].digest == before
+
+
+def test_whole_matrices_are_trained_from_the_probes_head_as_a_domain_is(
+    run, photos, bank, monkeypatch
+):
+    heads, probed = [], []
+    fit, probe = allocating.fit, allocating.probe
+
+    def head_of(model):
+        (name,) = model.domain.head
+        return model.get_submodule(name).weight.detach().clone()
+
+    def watched(model, *args, **options):
+        heads.append(head_of(model))
+        return fit(model, *args, **options)
+
+    monkeypatch.setattr(training, "held_norms", lambda *_: [True])  # the backbone is not trained
+    monkeypatch.setattr(allocating, "fit", watched)
+    monkeypatch.setattr(allocating, "probe", lambda *args: probed.append(probe(*args)) or probed[0])
+    words = ("allocate", bank, "stripes", "--data", photos, "--budget", "2%", "--epochs", 1)
+    assert run(*words, "--by", "trained", "--plan-only").status == 0
+    assert heads[0].equal(head_of(probed[0]))
 
 
 def test_a_plan_serves_the_next_domain_from_its_file_or_from_the_bank(run, photos, bank, tmp_path):

@@ -34,9 +34,20 @@ def test_mini_writes_a_report_and_computes_nothing_twice(run, domains, tmp_path)
     again = run(*words)
     assert "2 cells, 2 of them done, 1 domain" in again.out
     report = run(*words, "--report-only", "--json")
-    assert "--report-only" not in (tmp_path / "table.md").read_text()
+    assert "--report-only" not in (tmp_path / "mini.md").read_text()
     assert json.loads(report.out)["cells"] == 2
-    assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "mini.html").exists()
+
+
+def test_a_study_some_of_whose_cells_failed_is_reported_and_ends_with_status_1(
+    run, domains, tmp_path
+):
+    words = ("benchmark", "mini", domains, "--out", tmp_path, *TINY)
+    ran = run(*words, "--methods", "head; allocate(budget='1B')", "--json")
+    assert ran.status == 1 and json.loads(ran.out)["cells"] == 1
+    (failure,) = json.loads(ran.out)["left_out"]
+    assert "the budget '1B' is 0 numbers" in failure
+    assert f"left out: {failure}" in (tmp_path / "mini.md").read_text().replace("\\", "")
 
 
 def test_transfer_has_a_cell_for_each_number_of_images(run, domains, tmp_path):

@@ -111,7 +111,7 @@ def test_a_stop_leaves_nothing(run, stored, tmp_path, monkeypatch):
         (("--keep", 0.5, "--tune", "stripes"), "write DOMAIN=SOURCE"),
         (("--keep", 0.5, "--data", "cats=photos"), "data was given for domain 'cats'"),
         (("--keep", 0.5, "--share", "left"), "share='left': the shared side is one of"),
-        (("--keep", 0.0001), "Keep 0.0"),
+        (("--keep", 0.0001), "Keep that many or more, 0."),
         (("--keep", 2), "give a share above 0 and up to 1"),
     ],
 )

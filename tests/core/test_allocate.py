@@ -240,10 +240,12 @@ def test_a_layer_that_no_gradient_reaches_gets_nothing(backbone: Net) -> None:
 # What is spent
 
 
-def flat(backbone: nn.Module, energies: dict[str, list[float]]) -> Sensitivity:
+def flat(
+    backbone: nn.Module, energies: dict[str, list[float]], how: str = "gradient"
+) -> Sensitivity:
     sites = tuple(s for s in trace(backbone, SIZE).sites if s.name in energies)
     fixed = {name: tuple(values) for name, values in energies.items()}
-    return Sensitivity(fingerprint_of(backbone.state_dict()), "gradient", sites, fixed)
+    return Sensitivity(fingerprint_of(backbone.state_dict()), how, sites, fixed)
 
 
 ENERGIES = st.fixed_dictionaries(
@@ -445,6 +447,17 @@ def test_a_rule_by_hand_that_meets_nothing_is_refused() -> None:
         plan_by_hand(net(), {"pointwize": "parallel"}, SIZE)
     with pytest.raises(AttachError, match=r"lowrank\(rank=2\) at 'depthwise': 12 channels in"):
         plan_by_hand(net(), {"depthwise": "lowrank(rank=2)"}, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("how", "advice"),
+    [("gradient", "whose head fits"), ("trained", "left every matrix at zero: train longer")],
+)
+def test_where_nothing_is_sensitive_it_says_what_to_do(
+    backbone: Net, how: str, advice: str
+) -> None:
+    with pytest.raises(AttachError, match=f"zero at all 1 sites: there is nothing .*{advice}"):
+        allocate(backbone, flat(backbone, {"pointwise": [0.0] * 10}, how), 100)
 
 
 def test_a_budget_below_the_smallest_plan_says_what_that_is(backbone: Net) -> None:

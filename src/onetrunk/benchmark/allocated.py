@@ -8,7 +8,7 @@ from ..core.adapters import Parallel
 from ..core.allocate import allocate, uniform
 from ..core.plan import Layers, Plan, Where
 from ..training.fit import fit
-from ..training.probe import linear_probe
+from ..training.probe import linear_probe, start_from_probe
 from ..training.sensitivity import By, sensitivity
 from .setting import Setting
 
@@ -37,8 +37,12 @@ def probed(setting: Setting) -> nn.Module:
 
 
 def _trained_in_full(setting: Setting, where: Where) -> nn.Module:
-    """A domain with a whole matrix beside every layer, trained as a cell's final training."""
+    """A domain with a whole matrix beside every layer, trained to its last epoch.
+
+    Not to the best one on validation images: where that is the start, every matrix is zero.
+    """
     model = setting.attach(Parallel(), where)
-    for _ in fit(model, setting.train, setting.recipe, val=setting.val):
+    start_from_probe(model, probed(setting))
+    for _ in fit(model, setting.train, setting.recipe):
         pass
     return model

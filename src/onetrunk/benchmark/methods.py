@@ -30,6 +30,7 @@ from .. import written
 from ..backbones.written_form import OWN_MODULE, build_empty, written_form
 from ..core.adapters import FAMILIES, Family, Full, Norm, read_family
 from ..core.adapters.shared import Share
+from ..core.allocate import budget_parts
 from ..core.plan import Layers, Where
 from ..errors import AttachError, SpecError
 from ..training.randomness import own_draws, reseed
@@ -242,6 +243,11 @@ def _check(method: Method, text: str) -> None:
             raise SpecError(f"method {text!r}: `share` is one of {', '.join(get_args(Share))}.")
         if method.tune not in get_args(Tuned):
             raise SpecError(f"method {text!r}: `tune` is one of {', '.join(get_args(Tuned))}.")
+    if isinstance(method, Allocate | Uniform):
+        try:
+            budget_parts(method.budget)
+        except SpecError as error:
+            raise SpecError(f"method {text!r}: {error}") from None
     if isinstance(method, Allocate):
         if method.by not in get_args(By):
             raise SpecError(f"method {text!r}: `by` is one of {', '.join(get_args(By))}.")

@@ -30,6 +30,7 @@ from .training import (
     attached,
     prepare,
     probe,
+    start_at_head,
     train_ready,
 )
 
@@ -147,19 +148,22 @@ def plan_of(bank: Bank, name: str) -> Plan:
 def _measured(
     bank: Bank, request: Request, ready: Ready, probed: nn.Module, by: By, screen: Screen
 ) -> Sensitivity:
-    model = probed if by != "trained" else _trained_in_full(bank, request, ready, screen)
+    model = probed if by != "trained" else _trained_in_full(bank, request, ready, probed, screen)
     with screen.bar("measuring the layers") as show:
         return sensitivity(model, ready.parts["train"], by=by, device=request.device, progress=show)
 
 
-def _trained_in_full(bank: Bank, request: Request, ready: Ready, screen: Screen) -> nn.Module:
-    """A domain with a whole matrix beside every layer, trained as the domain will be."""
+def _trained_in_full(
+    bank: Bank, request: Request, ready: Ready, probed: nn.Module, screen: Screen
+) -> nn.Module:
+    """A domain with a whole matrix beside every layer, trained to its last epoch.
+
+    Not to the best one on validation images: where that is the start, every matrix is zero.
+    """
     model = attached(bank.backbone, Parallel(), ready, request.where or Where(layers="all"))
+    start_at_head(model, probed, request, ready)
     with screen.bar("training whole matrices first") as show:
-        steps = fit(
-            model, ready.parts["train"], request.recipe, val=ready.parts["val"],
-            device=request.device,
-        )  # fmt: skip
+        steps = fit(model, ready.parts["train"], request.recipe, device=request.device)
         for _ in followed(steps, show):
             pass
     return model

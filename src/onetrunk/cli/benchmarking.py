@@ -256,11 +256,13 @@ def _run(name: str, wish: "Wish", workers: int, report_only: bool, screen: Scree
     command = shlex.join(["onetrunk", *words])
     expected = [place for study in studies for place in study.places()]
     files = write_report(
-        records, shown(list(methods)), wish.out, f"onetrunk: {name}", command, expected,
+        records, shown(list(methods)), wish.out, name, command, expected,
         [f"left out: {failure}" for failure in failures],
     )  # fmt: skip
-    screen.say((wish.out / "table.md").read_text())
-    screen.say(f"report {wish.out / 'report.html'}")
+    screen.say((wish.out / f"{name}.md").read_text())
+    screen.say(f"report {wish.out / f'{name}.html'}")
     screen.finish(
         {"cells": len(records), "left_out": failures, "files": [str(path) for path in files]}
     )
+    if failures:
+        raise typer.Exit(1)

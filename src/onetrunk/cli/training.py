@@ -67,6 +67,12 @@ class Ready:
     parts: dict[str, Prepared | None]
     started: float  # of the monotonic clock
 
+    @property
+    def n_images(self) -> int:
+        """Training images."""
+        train = self.parts["train"]
+        return 0 if train is None else len(train)
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -173,6 +179,14 @@ def prepare(bank: Bank, request: Request, screen: Screen) -> Ready:
     return Ready(splits.classes, preprocessing, _prepared(splits, preprocessing, screen), started)
 
 
+def start_at_head(
+    model: nn.Module, probed: nn.Module | None, request: Request, ready: Ready
+) -> None:
+    """Starts a domain's head at the linear probe's, where the probe's features are its own."""
+    if probed is not None and held_norms(model, request.recipe, ready.n_images):
+        start_from_probe(model, probed)  # with a batch's own statistics it would fit no longer
+
+
 def train_ready(
     bank: Bank, request: Request, ready: Ready, screen: Screen, probed: nn.Module | None = None
 ) -> Trained:
@@ -187,9 +201,7 @@ def train_ready(
     scored_on = "test" if data["test"] is not None else "val"
     if request.probe and probed is None:
         probed = probe(bank.backbone, ready, request.device, screen)
-    n_images = 0 if data["train"] is None else len(data["train"])
-    if probed is not None and held_norms(model, request.recipe, n_images):
-        start_from_probe(model, probed)  # with a batch's own statistics it would fit no longer
+    start_at_head(model, probed, request, ready)
     came = {name: tensor.clone().cpu() for name, tensor in delta(model).items()}
     _fit(bank, model, data, request, screen)
     if all(torch.equal(tensor.cpu(), came[name]) for name, tensor in delta(model).items()):
@@ -205,7 +217,7 @@ def train_ready(
         scored_on,
         None if probed is None else evaluate(probed, data[scored_on]).accuracy,
         cost(model),
-        n_images,
+        ready.n_images,
         time.monotonic() - ready.started,
     )
     _store(bank, request, trained)

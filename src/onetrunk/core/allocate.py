@@ -171,9 +171,14 @@ def allocate(
     gains = {site.name: _gains(site, sensitivity.energies[site.name]) for site in sites}
     useful = [site for site in sites if gains[site.name][0] > 0]
     if not useful:
+        reason = (
+            "The training left every matrix at zero: train longer, or measure by curvature."
+            if sensitivity.how == "trained"
+            else "Measure it on a network whose head fits the domain, such as a linear probe."
+        )
         raise AttachError(
             f"the sensitivity is zero at all {len(sites)} sites: there is nothing to spend on. "
-            "Measure it on a network whose head fits the domain, such as a linear probe."
+            + reason
         )
     smallest = min(useful, key=_price)
     if _price(smallest) > n_numbers:
@@ -288,8 +293,24 @@ def _refuse_other(what: str, fingerprint: str, backbone: nn.Module) -> None:
 
 
 def _read_budget(budget: int | str, backbone: nn.Module) -> int:
+    amount, unit = budget_parts(budget)
+    tensors = backbone.state_dict().values()
+    if unit == "%":
+        return math.floor(amount / 100 * sum(tensor.numel() for tensor in tensors))
+    if unit:
+        sizes = (tensor.element_size() for tensor in tensors if tensor.is_floating_point())
+        return math.floor(amount * _BYTES[unit] / next(sizes, 4))
+    return int(amount)
+
+
+def budget_parts(budget: int | str) -> tuple[float, str]:
+    """A budget as its amount and its unit: `%`, one of bytes, or none for numbers.
+
+    Raises:
+        SpecError: where it cannot be read.
+    """
     if isinstance(budget, int) and not isinstance(budget, bool):
-        return budget
+        return budget, ""
     met = _BUDGET.fullmatch(budget.strip()) if isinstance(budget, str) else None
     number, unit = met.groups() if met else ("", "")
     whole = "." not in number
@@ -298,14 +319,7 @@ def _read_budget(budget: int | str, backbone: nn.Module) -> int:
             f"cannot read the budget {budget!r}: write numbers (40000), bytes (150kB) or a share "
             "of the backbone (2%)."
         )
-    amount = float(number.replace(",", "").replace("_", ""))
-    tensors = backbone.state_dict().values()
-    if unit == "%":
-        return math.floor(amount / 100 * sum(tensor.numel() for tensor in tensors))
-    if unit:
-        sizes = (tensor.element_size() for tensor in tensors if tensor.is_floating_point())
-        return math.floor(amount * _BYTES[unit] / next(sizes, 4))
-    return int(amount)
+    return float(number.replace(",", "").replace("_", "")), unit
 
 
 def _price(site: Site) -> int:

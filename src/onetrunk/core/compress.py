@@ -8,6 +8,7 @@ One global budget is spread over the sites by their spectra, and the error may b
 outputs on real images. The domains given stay as they were; their compressed networks are new ones.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -135,7 +136,7 @@ def compress(
     if numbers is not None:
         return task.within(numbers, f"numbers={numbers:,}")
     assert keep is not None  # one of the four was given
-    return task.within(int(keep * task.numbers_before), f"keep={keep:g}")
+    return task.within(task.numbers_of_share(keep), f"keep={keep:g}")
 
 
 def sweep(
@@ -150,7 +151,7 @@ def sweep(
         _check_option("keep", keep)
     task = _Task.of(models, share, covariances)
     for keep in keeps:
-        yield task.within(int(keep * task.numbers_before), f"keep={keep:g}")
+        yield task.within(task.numbers_of_share(keep), f"keep={keep:g}")
 
 
 def compress_within(
@@ -470,7 +471,11 @@ class _Task:
 
     @property
     def smallest_share(self) -> float:
-        return self.smallest / self.numbers_before
+        """In thousandths, rounded up: a share that really suffices."""
+        return math.ceil(1000 * self.smallest / self.numbers_before) / 1000
+
+    def numbers_of_share(self, keep: float) -> int:
+        return math.floor(keep * self.numbers_before + 1e-6)  # a share that is exact stays whole
 
     def numbers_of_bytes(self, n_bytes: int) -> int:
         """How many numbers fit into so many bytes: a series adapter's counter has eight."""
@@ -488,7 +493,8 @@ class _Task:
             raise CompressError(
                 f"{asked} leaves {max(0, budget):,} numbers for the adapters, and the smallest "
                 f"plan has {self.smallest:,}: one direction at each of {len(self.spectra)} sites"
-                f" and what cannot be factored. Keep {self.smallest_share:.3f} of them or more."
+                f" and what cannot be factored. Keep that many or more, "
+                f"{self.smallest_share:.3f} of {self.numbers_before:,}."
             )
         return self.carried_out({s: x.offer(chosen[s]) for s, x in self.spectra.items()})
 

@@ -1,6 +1,6 @@
 """The report of a study: rows of finished cells -> tables, pictures, one HTML file, JSON.
 
-`write_report(rows, methods, out, title, command)` is all that a study needs; `require_extra()` says
+`write_report(rows, methods, out, name, command)` is all that a study needs; `require_extra()` says
 before the study whether the report can be drawn after it.
 """
 

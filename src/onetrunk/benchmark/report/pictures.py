@@ -105,8 +105,9 @@ def change_map(rows: Sequence[Row], scale: tuple[float, float]) -> bytes:
     """
     sites, domains, change_sd = change_of(rows)
     shown = np.ma.masked_less_equal(np.nan_to_num(change_sd), 0)
-    with picture(2.6 + 0.36 * len(domains), 1.6 + 0.155 * len(sites)) as canvas:
+    with picture(max(2.6 + 0.36 * len(domains), 5.2), 1.6 + 0.155 * len(sites)) as canvas:
         from matplotlib.colors import LogNorm
+        from matplotlib.ticker import LogLocator, NullLocator
 
         axes = canvas.figure.subplots()
         axes.grid(False)
@@ -125,6 +126,8 @@ def change_map(rows: Sequence[Row], scale: tuple[float, float]) -> bytes:
             image, ax=axes, aspect=40, pad=0.02, format=PLAIN, location="top"
         )
         bar.outline.set_visible(False)
+        bar.locator = LogLocator(subs=(1, 2, 5))
+        bar.ax.xaxis.set_minor_locator(NullLocator())
         bar.set_label("size of the change, relative to the layer's weights")
         return canvas.png()
 
@@ -280,14 +283,13 @@ def _curve(
     axes: Any, look: Look, shift: float, places: Mapping[Level, int],
     by_level: Mapping[Level, Spread | None], hollow: set[Level],
 ) -> None:  # fmt: skip
-    found = {level: spread for level, spread in by_level.items() if spread is not None}
-    at = [places[level] + shift for level in found]
-    means = [100 * spread.mean for spread in found.values()]
-    bars = [100 * (spread.deviation or 0) for spread in found.values()]
+    at = [places[level] + shift for level in by_level]
+    means = [100 * spread.mean if spread else math.nan for spread in by_level.values()]  # a gap
+    bars = [100 * (spread.deviation or 0) if spread else 0 for spread in by_level.values()]
     axes.errorbar(
         at, means, bars, color=look.colour, linestyle=look.dashes, linewidth=1.3, elinewidth=0.8
     )
-    for level, x, y in zip(found, at, means, strict=True):
+    for level, x, y in zip(by_level, at, means, strict=True):
         axes.plot(
             x, y, color=look.colour, marker=look.marker,
             markersize=7 if look.marker == "*" else 4.5,

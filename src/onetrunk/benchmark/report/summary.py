@@ -17,6 +17,7 @@ import numpy as np
 
 from .rows import MethodLabel, Row
 
+PROBE = "head"
 REFERENCE = "full"  # fine-tuning: what the score and the differences are measured against
 Item = TypeVar("Item")
 Key = TypeVar("Key")

@@ -1,10 +1,21 @@
 """transfer: accuracy against images a class, and a sentence a backbone that says who wins where."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .rows import MethodLabel, Row
-from .summary import REFERENCE, Paired, Spread, common, grouped, over_domains, paired, spread
+from .summary import (
+    PROBE,
+    REFERENCE,
+    Paired,
+    Spread,
+    common,
+    grouped,
+    over_domains,
+    paired,
+    spread,
+)
 
 Level = int | None  # images a class; None: all of them
 
@@ -98,6 +109,8 @@ def sentence(
 def _contest(level: Level, rows: Sequence[Row], reference: str) -> Contest | None:
     of_method = grouped(rows, lambda row: row.method)
     baseline = of_method.pop(reference, [])
+    if level is None and PROBE in of_method:
+        of_method[PROBE] = _of_every_seed(of_method[PROBE], baseline)
     cells = {
         name: frozenset((row.domain, row.seed) for row, _ in common(group, baseline))
         for name, group in of_method.items()
@@ -113,6 +126,12 @@ def _contest(level: Level, rows: Sequence[Row], reference: str) -> Contest | Non
     if found[best].mean > 0:
         return Contest(level, best, reference, found[best], incomplete)
     return Contest(level, reference, best, _reversed(found[best]), incomplete)
+
+
+def _of_every_seed(rows: Sequence[Row], baseline: Sequence[Row]) -> list[Row]:
+    """A linear probe on all images, which is one cell whatever the seed, as a row of each seed."""
+    seeds = sorted({row.seed for row in baseline})
+    return [dataclasses.replace(row, seed=seed) for row in rows for seed in seeds]
 
 
 def _reversed(found: Paired) -> Paired:

@@ -1,4 +1,4 @@
-"""write: a report on disk: table.md, results.json, the pictures, and report.html that holds all."""
+"""write: a report on disk: NAME.md, NAME.json, the pictures, and NAME.html that holds all."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ def write_report(
     rows: Iterable[Mapping[str, Any]],
     methods: Sequence[MethodLabel],
     out: Path,
-    title: str,
+    name: str,
     command: str,
     expected: Sequence[Place] = (),
     failures: Sequence[str] = (),
@@ -30,14 +30,15 @@ def write_report(
     Args:
         rows: one dict a finished cell, some or all of a study; see `Row`.
         methods: order, labels and colours; a method of the rows that is not among them comes last.
-        out: made where it is missing; files of an earlier report are replaced, each in one step.
-        title: the heading.
+        out: made where it is missing; files of an earlier report of that name are replaced, each
+            in one step, and its pictures that this one does not have are removed.
+        name: of the study; its files are called by it.
         command: the line that repeats the study.
         expected: the cells of the whole study: those without a row are listed as missing.
         failures: why some are, a sentence each.
 
     Returns:
-        table.md, results.json, the pictures, report.html (which needs none of the others).
+        NAME.md, NAME.json, the pictures, NAME.html (which needs none of the others).
 
     Raises:
         DataError: no row, a row that cannot be, or a folder that cannot be written.
@@ -47,23 +48,35 @@ def write_report(
     read = read_rows(rows)
     if not read:
         raise DataError(
-            f"report {title!r} has no finished cell to show. Run the study first: {command}"
+            f"report {name!r} has no finished cell to show. Run the study first: {command}"
         )
-    report = compose(read, methods, title, command, expected, failures)
+    report = compose(read, methods, f"onetrunk: {name}", command, expected, failures)
     plain = [_plain(row) for row in read]
     contents = {
-        "table.md": markdown_text(report).encode(),
-        "results.json": _json(report, command, plain),
+        f"{name}.md": markdown_text(report).encode(),
+        f"{name}.json": _json(report, command, plain),
         **{picture.name: picture.png for s in report.sections for picture in s.pictures},
-        "report.html": page(report, plain).encode(),
+        f"{name}.html": page(report, plain).encode(),
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, data in contents.items():
-            write_atomically(out / name, data)
+        earlier = _pictures_of(out / f"{name}.json")
+        for file, data in contents.items():
+            write_atomically(out / file, data)
+        for file in earlier - contents.keys():
+            (out / file).unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"the report cannot be written to {out}: {reason(error)}") from error
-    return [out / name for name in contents]
+    return [out / file for file in contents]
+
+
+def _pictures_of(path: Path) -> set[str]:
+    """The pictures that an earlier report lists as its own; none where that cannot be read."""
+    try:
+        names = set(map(str, json.loads(path.read_bytes())["pictures"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+    return {name for name in names if Path(name).name == name and name.endswith(".png")}
 
 
 def markdown_text(report: Report) -> str:
@@ -92,6 +105,7 @@ def _json(report: Report, command: str, rows: list[dict[str, Any]]) -> bytes:
         "title": report.title,
         "command": command,
         "missing": report.missing,
+        "pictures": [picture.name for s in report.sections for picture in s.pictures],
         "sections": [_section_value(section) for section in report.sections],
         "rows": rows,
     }
