@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import onetrunk.benchmark.cells as cells_module
 import onetrunk.benchmark.compressed as compressed
+import onetrunk.training.jointly as jointly
 from onetrunk.bank.bank import Bank
 from onetrunk.bank.names import is_name
 from onetrunk.benchmark import protocol
@@ -371,7 +372,7 @@ def test_a_basis_is_tuned_with_its_domains_where_validation_images_say_so(
         accuracies = iter([0.5] * len(cells) + [1.0 if better else 0.5] * 9)
         with monkeypatch.context() as patch:
             patch.setattr(
-                compressed, "evaluate", lambda *_: SimpleNamespace(accuracy=next(accuracies))
+                jointly, "evaluate", lambda *_, **__: SimpleNamespace(accuracy=next(accuracies))
             )
             found = tuned(cells, models, *rest)
         after.update({name: domain_of(model).basis for name, model in found.items()})

@@ -8,6 +8,7 @@ import pytest
 import onetrunk as ot
 import onetrunk.cli.compressing as compressing
 from onetrunk.bank.bank import Bank
+from onetrunk.core.compress import with_frozen_basis, with_trainable_basis
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,67 @@ def test_a_folder_is_cut_as_it_was_for_training(run, stored, photos, tmp_path):
     assert json.loads(done.out)["domains"]["cut"]["before"] == trained
 
 
+def test_the_basis_is_tuned_by_all_domains_or_stays(run, stored, photos, tmp_path, monkeypatch):
+    tuned = tuple(f"--tune={name}={photos}" for name in ("stripes", "signs", "digits"))
+    words = ("compress", stored, "--keep", 0.3, *tuned, "--tune-basis", "--epochs", 1)
+    seen = []
+
+    def tune_basis(models, train, val, recipe, *, progress):
+        seen.append((set(models), set(train), set(val), recipe.epochs))
+        for name in models:
+            assert len(train[name]) > len(val[name])
+        return dict(models) if len(seen) == 1 else moved(models)
+
+    def moved(models):
+        loose = with_trainable_basis(models)
+        for name, parameter in loose["stripes"].named_parameters():
+            if name.endswith("right_ri"):
+                parameter.data *= 2
+        return with_frozen_basis(loose)
+
+    monkeypatch.setattr(compressing, "tune_basis", tune_basis)
+    ran = run(*words, "--no-picture", "--out", tmp_path / "a.bank")
+    assert ran.status == 0, ran.err
+    assert "the basis stays as it was: tuning it did not help on validation images" in ran.out
+    ran = run(*words, "--no-picture", "--out", tmp_path / "b.bank")
+    assert ran.status == 0 and "stays as it was" not in ran.out
+    every = {"stripes", "signs", "digits"}
+    assert seen == [(every, every, every, 1)] * 2
+    bases = [Bank.open(tmp_path / f"{x}.bank").load("stripes").domain.basis for x in "ab"]
+    assert bases[0] != bases[1]
+
+
+@pytest.mark.parametrize("budget", ["8000", "32kB", "5%"])
+def test_a_budget_in_numbers_bytes_or_shares_of_the_backbone(run, stored, tmp_path, budget):
+    tensors = Bank.open(stored).backbone.state_dict().values()
+    most = 0.05 * sum(tensor.numel() for tensor in tensors) if budget == "5%" else 8000
+    words = ("compress", stored, "--budget", budget, "--out", tmp_path / "b.bank", "--json")
+    done = run(*words)
+    assert done.status == 0, done.err
+    assert 0.5 * most < json.loads(done.out)["numbers_after"] <= most
+
+
+def test_images_without_labels_weigh_the_errors(run, stored, photos, tmp_path, monkeypatch):
+    given = []
+    compress = compressing.compress
+
+    def watched(models, *args, covariances, **options):
+        given.append(covariances)
+        return compress(models, *args, covariances=covariances, **options)
+
+    monkeypatch.setattr(compressing, "compress", watched)
+    names = ("stripes", "signs", "digits")
+    words = ("compress", stored, "--keep", 0.5, "--out", tmp_path / "b.bank")
+    done = run(*words, *(f"--images={name}={photos / 'down'}" for name in names))
+    assert done.status == 0, done.err
+    assert set(given[0]) == set(names) and "errors are those of" not in done.err
+    (tmp_path / "none").mkdir()
+    refused = run(
+        *words[:-1], tmp_path / "c.bank", *(f"--images={n}={tmp_path}/none" for n in names)
+    )
+    assert "there is no image below. Give a folder of images" in refused.err
+
+
 def test_a_loss_instead_of_a_size(run, stored, photos, tmp_path):
     out = tmp_path / "b.bank"
     done = run(
@@ -99,8 +161,13 @@ def test_a_stop_leaves_nothing(run, stored, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "either --keep 0.5 or --max-loss 0.01"),
-        (("--keep", 0.5, "--max-loss", 0.1), "either --keep 0.5 or --max-loss 0.01"),
+        ((), "say how far: one of --keep 0.5, --budget 300kB, and --max-loss 0.01"),
+        (("--keep", 0.5, "--max-loss", 0.1), "say how far: one of --keep 0.5, --budget"),
+        (("--keep", 0.5, "--budget", "9kB"), "say how far: one of --keep 0.5, --budget"),
+        (("--budget", "half"), "cannot read the budget 'half'"),
+        (("--budget", "9B"), "smallest plan has"),
+        (("--keep", 0.5, "--tune-basis", "--tune", "stripes=x"), "and 'signs' has no --tune"),
+        (("--keep", 0.5, "--images", "cats=photos"), "data was given for domain 'cats'"),
         (("--max-loss", 0.1), "--max-loss needs validation images"),
         (
             ("--max-loss", 0.1, "--data", "stripes=x"),
@@ -143,8 +210,18 @@ def test_a_compressed_bank_is_told_apart(run, stored, photos, tmp_path):
     Bank.open(out).remove("probe")
     refused = run("compress", out, "--keep", 0.5, "--out", tmp_path / "b.bank")
     assert "'stripes': it is over a basis already. Train some first" in refused.err
-    refused = run("train", out, "next", "--data", photos, "--plan-of", "stripes")
-    assert "'stripes' is compressed, over a basis that a plan does not bring along" in refused.err
+
+
+def test_a_later_domain_is_trained_over_the_basis_that_is_there(run, stored, photos, tmp_path):
+    out = tmp_path / "half.bank"
+    assert run("compress", stored, "--keep", 0.5, "--out", out).status == 0
+    blobs, size = len(list((out / "blobs").iterdir())), Bank.open(out).basis_bytes
+    words = ("--data", photos, "--epochs", 1, "--size", 32, "--no-probe", "--plan-of", "stripes")
+    ran = run("train", out, "next", *words)
+    assert ran.status == 0, ran.err
+    bank = Bank.open(out)
+    assert bank.load("next").domain.basis == bank.load("stripes").domain.basis
+    assert bank.basis_bytes == size and len(list((out / "blobs").iterdir())) == blobs + 1
 
 
 def test_adapters_that_hold_nothing_are_said_to(run, stored, tmp_path):

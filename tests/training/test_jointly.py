@@ -1,9 +1,12 @@
 """jointly: trainings take turns, and a basis is trained by all of its domains."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import onetrunk as ot
+import onetrunk.training.jointly as jointly
 from onetrunk.core.compress import compress, with_frozen_basis, with_trainable_basis
 from onetrunk.errors import TrainingError
 from onetrunk.training.evaluate import evaluate
@@ -106,6 +109,30 @@ def test_what_would_go_back_is_refused_over_a_trained_basis(compressed, data, tm
 def test_a_domain_without_data_is_refused(compressed, data):
     with pytest.raises(TrainingError, match="domain 'd1' has no training data"):
         next(iter(fit_jointly(compressed, {"d0": data["d0"]}, RECIPE)))
+
+
+@pytest.mark.parametrize("better", [None, 0, 1])
+def test_a_basis_is_tuned_where_that_helps_on_validation_images(
+    compressed, data, monkeypatch, better
+):
+    asked = []
+
+    def evaluated(model, images, device):
+        asked.append(model.domain.basis)
+        accuracy = 0.9 if len(asked) in range(3 + 2 * (better or 0), 5 + 2 * (better or 0)) else 0.5
+        return SimpleNamespace(accuracy=accuracy if better is not None else 0.5)
+
+    monkeypatch.setattr(jointly, "evaluate", evaluated)
+    shown = []
+    tuned = jointly.tune_basis(
+        compressed.models, data, data, RECIPE, device="cpu", progress=lambda *n: shown.append(n)
+    )
+    bases = [asked[0], asked[2], asked[4]]
+    assert len(asked) == 6 and len(set(map(str, bases))) == 3
+    expected = bases[0] if better is None else bases[1 + better]
+    assert {model.domain.basis for model in tuned.values()} == {expected}
+    total = 2 * sum(RECIPE.n_steps(len(d)) for d in data.values())
+    assert shown[-1] == (total, total)
 
 
 def test_every_domain_may_have_a_recipe_of_its_own_and_none_is_left_without(compressed, data):

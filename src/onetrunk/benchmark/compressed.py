@@ -9,7 +9,6 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -17,11 +16,11 @@ from torch import nn
 from ..bank.bank import Bank, is_bank
 from ..core.activations import activation_covariances
 from ..core.attach import domain_of
-from ..core.compress import compress, rebuilt, with_frozen_basis, with_trainable_basis
+from ..core.compress import compress, rebuilt
 from ..errors import DataError
 from ..training.evaluate import evaluate
 from ..training.fit import fit
-from ..training.jointly import fit_jointly
+from ..training.jointly import FACTORS, tune_basis
 from ..training.recipe import Recipe
 from .cells import Cell, bank_name, bank_path, figures, setting_of, train_again
 from .ledger import Ledger, digest_of
@@ -29,7 +28,6 @@ from .methods import Compressed, read_method
 from .protocol import Tuning
 from .setting import Setting
 
-FACTORS = (0.1, 0.5)  # on the learning rates a domain was trained with
 N_IMAGES = 128  # a domain, for the covariances of its activations
 
 
@@ -137,29 +135,18 @@ def _basis_tuned(
     tunings: Mapping[str, Tuning],
 ) -> dict[str, nn.Module]:
     """The domains of `cells` over their basis as it is, or trained with them: what is best."""
-    names = [cell.domain for cell in cells]
-    best = {name: models[name] for name in names}
-    if any(domain_of(model).basis is None for model in best.values()):
-        return best  # no site was worth factoring
-    train = {name: settings[name].train for name in names}
-
-    def mean_accuracy(found: Mapping[str, nn.Module]) -> float:
-        return fmean(evaluate(found[name], settings[name].val).accuracy for name in names)
-
-    best_accuracy = mean_accuracy(best)
-    for share in FACTORS:
-        loose = with_trainable_basis({name: models[name] for name in names})
-        recipes = {cell.domain: _recipe(cell, tunings[cell.domain], share) for cell in cells}
-        for _ in fit_jointly(loose, train, recipes):
-            pass
-        found = with_frozen_basis(loose)
-        accuracy = mean_accuracy(found)
-        if accuracy > best_accuracy:
-            best, best_accuracy = found, accuracy
-    return best
+    chosen = {cell.domain: models[cell.domain] for cell in cells}
+    if any(domain_of(model).basis is None for model in chosen.values()):
+        return chosen  # no site was worth factoring
+    return tune_basis(
+        chosen,
+        {name: settings[name].train for name in chosen},
+        {name: settings[name].val for name in chosen},
+        {cell.domain: _recipe(cell, tunings[cell.domain]) for cell in cells},
+    )
 
 
-def _recipe(cell: Cell, source: Tuning, share: float) -> Recipe:
+def _recipe(cell: Cell, source: Tuning, share: float = 1.0) -> Recipe:
     """Of a tuning at a share of the rates that the domain was trained at."""
     tuning = dataclasses.replace(source, factor=source.factor * share)
     return cell.protocol.recipe(tuning, cell.seed, cell.protocol.tune_epochs)

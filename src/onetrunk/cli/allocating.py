@@ -14,6 +14,7 @@ from ..bank.bank import Bank
 from ..core.adapters import Parallel
 from ..core.allocate import Allocation, allocate, parse_budget, plan_by_hand
 from ..core.attach import domain_of
+from ..core.basis import Basis
 from ..core.cost import cost
 from ..core.plan import Plan, Where
 from ..core.sensitivity import Sensitivity
@@ -124,19 +125,16 @@ def read_plan(path: Path, backbone: nn.Module) -> Plan:
         raise type(error)(f"the plan {path}: {error}") from error
 
 
-def plan_of(bank: Bank, name: str) -> Plan:
-    """The plan of a domain that the bank has.
+def plan_of(bank: Bank, name: str) -> Plan | Basis:
+    """The plan of a domain that the bank has; of a compressed one its basis, which has a plan.
 
     Raises:
         BankError: where there is no such domain, or it has no adapters.
     """
     domain = domain_of(bank.load(name))
-    plan = domain.plan
     if domain.basis is not None:
-        raise BankError(
-            f"domain {name!r} is compressed, over a basis that a plan does not bring along. Name a "
-            "domain that is not, or take the plan from the bank before it was compressed."
-        )
+        return domain.basis
+    plan = domain.plan
     if not plan:
         raise BankError(
             f"domain {name!r} has no plan to reuse: it is {bank.domains[name].family}, without "

@@ -38,6 +38,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..bank.bank import Bank, Card
     from ..core.adapters import Family
+    from ..core.basis import Basis
     from ..core.plan import Plan, Where
     from ..training.recipe import Recipe
 
@@ -205,7 +206,11 @@ def train(
         ),
     ] = None,
     plan_of: Annotated[
-        str | None, typer.Option(metavar="DOMAIN", help="The plan of a domain of this bank.")
+        str | None,
+        typer.Option(
+            metavar="DOMAIN",
+            help="The plan of a domain of this bank; of a compressed one, over the same basis.",
+        ),
     ] = None,
     recipe: Recipes = "default",
     epochs: Epochs = None,
@@ -552,6 +557,13 @@ def compress(
             help="Share of the adapters' numbers to keep, e.g. 0.5; with --uniform of the ranks."
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: of all domains' adapters together, 300kB, 80000 numbers, or 5% of the "
+            "backbone."
+        ),
+    ] = None,
     max_loss: Annotated[
         float | None,
         typer.Option(help="Instead: accuracy a domain may lose on validation images, e.g. 0.01."),
@@ -570,6 +582,17 @@ def compress(
         list[str] | None,
         typer.Option(metavar="DOMAIN=SOURCE", help="Only measure this domain. Again for more."),
     ] = None,
+    tune_basis: Annotated[
+        bool,
+        typer.Option("--tune-basis", help="First the basis, by all domains; --tune for each."),
+    ] = False,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DOMAIN=FOLDER",
+            help="Images without labels, to weigh errors by what they activate. Again for more.",
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Of the tuning.")] = 8,
     picture: Annotated[
         bool, typer.Option("--picture/--no-picture", help="Draw accuracy against size.")
@@ -587,11 +610,14 @@ def compress(
         bank=_open(bank),
         out=out,
         keep=keep,
+        budget=budget,
         max_loss=max_loss,
         uniform=uniform,
         share=share,  # type: ignore[arg-type]
         data={**measured, **tuned},
+        images=read_pairs(images or [], "--images"),
         tune=frozenset(tuned),
+        tune_basis=tune_basis,
         epochs=epochs,
         picture=picture,
     )
@@ -655,7 +681,7 @@ def _open_for(path: Path, domain: str, replace: bool) -> "Bank":
 
 def _family(
     bank: "Bank", adapter: str | None, plan: Path | None, plan_of: str | None
-) -> "Family | Plan | None":
+) -> "Family | Plan | Basis | None":
     """What is attached: a family, the plan of a file or of another domain, or the default."""
     from ..core.adapters import read_family
 

@@ -10,24 +10,28 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..bank.bank import Bank
 from ..core.activations import Covariances, activation_covariances
 from ..core.adapters.shared import Share
+from ..core.allocate import BYTES, budget_parts, parse_budget
 from ..core.attach import domain_of
 from ..core.compress import Compressed, compress, compress_within, factorable, sweep
-from ..data import Prepared, Splits
+from ..data import Prepared, Preprocessing, Splits, decode
+from ..data.source_folder import images_below
 from ..errors import BankError, CompressError, DataError
 from ..files import DISK, check_writable, reason
 from ..pictures import draw_accuracy_against_size, need_matplotlib
 from ..training.evaluate import evaluate
 from ..training.examples import preprocessing_of
 from ..training.fit import fit
+from ..training.jointly import tune_basis
 from ..training.recipe import Recipe
 from .console import Screen, counted, followed, percent, size
 from .training import load_as_trained
@@ -45,11 +49,14 @@ class Request:
     bank: Bank
     out: Path
     keep: float | None = None
+    budget: str | None = None
     max_loss: float | None = None
     uniform: bool = False
     share: Share = "input"
     data: Mapping[str, str] = field(default_factory=dict)  # domain -> source
+    images: Mapping[str, str] = field(default_factory=dict)  # domain -> folder without labels
     tune: frozenset[str] = frozenset()  # those of `data` that are tuned
+    tune_basis: bool = False
     epochs: int = 8
     picture: bool = True
 
@@ -97,11 +104,13 @@ def run(request: Request, screen: Screen) -> None:
         name: _parts(models[name], load_as_trained(source, cards[name]), source, screen)
         for name, source in request.data.items()
     }
-    seen = _seen(models, parts, screen)
+    seen = _seen(models, parts, request.images, screen)
     found = _compressed(models, parts, seen, request, screen)
     for name, data in parts.items():
         figures[name].before = _accuracy(models[name], data.judged, f"{name} before", screen)
         figures[name].compressed = _accuracy(found[name], data.judged, f"{name} after", screen)
+    if request.tune_basis:
+        found = _basis_tuned(found, parts, request, screen)
     for name in sorted(request.tune):
         _tune(name, found[name], parts[name], request, screen)
         figures[name].tuned = _accuracy(found[name], parts[name].judged, f"{name} tuned", screen)
@@ -171,10 +180,13 @@ def _refuse_contradictions(request: Request) -> None:
             f"--max-loss {request.max_loss:g}: give a share of accuracy from 0 to below 1, "
             "e.g. 0.01, a point."
         )
-    if (request.keep is None) == (request.max_loss is None):
+    if sum(said is not None for said in (request.keep, request.budget, request.max_loss)) != 1:
         raise CompressError(
-            "say how far: either --keep 0.5 or --max-loss 0.01, a point of accuracy a domain."
+            "say how far: one of --keep 0.5, --budget 300kB, and --max-loss 0.01, a point of "
+            "accuracy a domain."
         )
+    if request.budget is not None:
+        parse_budget(request.budget, request.bank.backbone)
     if request.max_loss is not None and not request.data:
         raise CompressError(
             "--max-loss needs validation images: give --data DOMAIN=SOURCE or --tune "
@@ -219,12 +231,17 @@ def _note(model: nn.Module, has_adapters: bool) -> str:
 
 
 def _refuse_unknown(request: Request, models: Mapping[str, nn.Module]) -> None:
-    for name in request.data:
+    for name in (*request.data, *request.images):
         if name not in models:
             raise CompressError(
                 f"data was given for domain {name!r}, which is not among those that are compressed "
                 f"({', '.join(models)}). Leave it out."
             )
+    if request.tune_basis and (untuned := [n for n in models if n not in request.tune]):
+        raise CompressError(
+            f"--tune-basis moves the basis under every domain, and {untuned[0]!r} has no --tune "
+            "DOMAIN=SOURCE. Give one for each, or tune the domains' own factors alone."
+        )
     unseen = [name for name in models if name not in request.data]
     if request.max_loss is not None and unseen:
         raise CompressError(
@@ -255,24 +272,41 @@ def _parts(model: nn.Module, splits: Splits, source: str, screen: Screen) -> Par
 
 
 def _seen(
-    models: Mapping[str, nn.Module], parts: Mapping[str, Parts], screen: Screen
+    models: Mapping[str, nn.Module],
+    parts: Mapping[str, Parts],
+    folders: Mapping[str, str],
+    screen: Screen,
 ) -> Covariances | None:
-    """The activations on training images, where every domain has some: no label is looked at."""
-    lacking = [name for name in models if name not in parts]
+    """The activations on images, where every domain has some: no label is looked at."""
+    lacking = [name for name in models if name not in parts and name not in folders]
     if lacking:
-        if parts:
+        if parts or folders:
             screen.warn(
                 f"errors are those of the matrices, not of outputs: {lacking[0]!r} has no images. "
-                "Give --data for every domain to weigh them by real activations."
+                "Give --data or --images for every domain to weigh them by real activations."
             )
         return None
     seen: dict[str, Any] = {}
     with screen.bar("looking at activations") as show:
         for done, (name, model) in enumerate(models.items()):
-            images_bchw = parts[name].train.few_views(N_SEEN)
+            images_bchw = (
+                _views_below(Path(folders[name]), preprocessing_of(model))
+                if name in folders
+                else parts[name].train.few_views(N_SEEN)
+            )
             seen |= activation_covariances({name: model}, {name: images_bchw})
             show(done + 1, len(models))
     return seen
+
+
+def _views_below(folder: Path, preprocessing: Preprocessing) -> Tensor:
+    """What a network sees of some images of a folder, evenly spread: float (b, c, S, S)."""
+    files = sorted(images_below(folder, folder, [])) if folder.is_dir() else []
+    if not files:
+        raise DataError(f"--images {folder}: there is no image below. Give a folder of images.")
+    chosen = files[:: -(-len(files) // N_SEEN)]
+    squares = [preprocessing.prepare(decode(path, name=str(path))) for path in chosen]
+    return preprocessing.evaluation_view(torch.stack(squares))
 
 
 def _compressed(
@@ -284,6 +318,13 @@ def _compressed(
 ) -> Compressed:
     if request.uniform:
         return compress(models, rank_fraction=request.keep, share=request.share, covariances=seen)
+    if request.budget is not None:
+        amount, unit = budget_parts(request.budget)
+        n_bytes = round(amount * BYTES[unit]) if unit in BYTES else None
+        numbers = None if n_bytes else parse_budget(request.budget, request.bank.backbone)
+        return compress(
+            models, numbers=numbers, n_bytes=n_bytes, share=request.share, covariances=seen
+        )
     if request.max_loss is None:
         return compress(models, request.keep, share=request.share, covariances=seen)
 
@@ -298,6 +339,25 @@ def _compressed(
 def _accuracy(model: nn.Module, images: Prepared, what: str, screen: Screen) -> float:
     with screen.bar(f"evaluating {what}") as show:
         return evaluate(model, images, progress=show).accuracy
+
+
+def _basis_tuned(
+    found: Compressed, parts: Mapping[str, Parts], request: Request, screen: Screen
+) -> Compressed:
+    """The domains over their basis as it is or trained by all of them, whichever is better."""
+    with screen.bar("tuning the basis") as show:
+        models = tune_basis(
+            found.models,
+            {name: data.train for name, data in parts.items()},
+            {name: data.val for name, data in parts.items()},
+            Recipe(epochs=request.epochs),
+            progress=show,
+        )
+    basis = domain_of(next(iter(models.values()))).basis
+    if basis is None or basis == found.basis:
+        screen.say("  the basis stays as it was: tuning it did not help on validation images")
+        return found
+    return replace(found, models=models, basis=basis)
 
 
 def _tune(name: str, model: nn.Module, data: Parts, request: Request, screen: Screen) -> None:

@@ -14,6 +14,7 @@ from ..bank.bank import Bank, Card
 from ..bank.folder import UNFINISHED
 from ..core.adapters import Family
 from ..core.attach import Norms, attach, delta, domain_of
+from ..core.basis import Basis
 from ..core.cost import Cost, cost
 from ..core.plan import Plan, Where
 from ..data import Prepared, Preprocessing, Splits, load
@@ -40,7 +41,7 @@ class Request:
     domain: str
     splits: Splits
     source: str
-    family: Family | Plan | None = None
+    family: Family | Plan | Basis | None = None  # a basis: the domain starts on it
     where: Where | None = None
     norms: Norms = "all"
     recipe: Recipe = field(default_factory=Recipe)
@@ -282,7 +283,7 @@ def _say_family(model: nn.Module, request: Request, screen: Screen) -> None:
 
 def attached(
     backbone: nn.Module,
-    family: Family | Plan | None,
+    family: Family | Plan | Basis | None,
     ready: Ready,
     where: Where | None = None,
     norms: Norms = "all",
@@ -291,8 +292,9 @@ def attached(
     seen = ready.preprocessing
     return attach(
         backbone,
-        family,
+        None if isinstance(family, Basis) else family,
         ready.classes,
+        basis=family if isinstance(family, Basis) else None,
         where=where,
         preprocessing=seen,
         input_size=(seen.channels, seen.size_px, seen.size_px),

@@ -29,7 +29,7 @@ from .trace import Size, trace
 
 FORMAT = 1
 _BUDGET = re.compile(r"(\d[\d_,]*(?:\.\d+)?|\.\d+)\s*(%|B|kB|MB|GB|)")
-_BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 _BAR = 12  # characters of the longest bar: a line of EfficientNet's fits 80
 
 
@@ -299,7 +299,7 @@ def _read_budget(budget: int | str, backbone: nn.Module) -> int:
         return math.floor(amount / 100 * sum(tensor.numel() for tensor in tensors))
     if unit:
         sizes = (tensor.element_size() for tensor in tensors if tensor.is_floating_point())
-        return math.floor(amount * _BYTES[unit] / next(sizes, 4))
+        return math.floor(amount * BYTES[unit] / next(sizes, 4))
     return int(amount)
 
 

@@ -4,16 +4,23 @@ A step of one domain costs what it costs alone; the trainings only take turns. O
 every domain's steps move the same numbers, which is the multi-task training of the shared factors.
 """
 
+import dataclasses
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..core.compress import with_frozen_basis, with_trainable_basis
 from ..errors import TrainingError
+from .evaluate import evaluate
+from .examples import Progress
 from .fit import Step, fit
 from .recipe import Recipe
+
+FACTORS = (0.1, 0.5)  # of the recipe's rate, at which a basis is tuned
 
 
 def interleave(trainings: Mapping[str, Iterator[Step]]) -> Iterator[tuple[str, Step]]:
@@ -65,7 +72,7 @@ def fit_jointly(
     Raises:
         TrainingError: where a domain has no data or no recipe, and as `fit`.
     """
-    recipes = recipe if isinstance(recipe, Mapping) else dict.fromkeys(models, recipe)
+    recipes = _recipes(models, recipe)
     for name in models:
         if name not in train:
             raise TrainingError(
@@ -79,3 +86,56 @@ def fit_jointly(
     yield from interleave(
         {n: fit(m, train[n], recipes[n], device=device) for n, m in models.items()}
     )
+
+
+def tune_basis(
+    models: Mapping[str, nn.Module],
+    train: Mapping[str, Any],
+    val: Mapping[str, Any],
+    recipe: Recipe | Mapping[str, Recipe] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> dict[str, nn.Module]:
+    """New networks over their basis, trained by all of them at `FACTORS` of the recipe's rate.
+
+    Of these trainings and the networks as they are, the highest mean accuracy on `val` chooses, as
+    what moves one domain moves all; each may tune its own factors with `fit` afterwards.
+
+    Args:
+        models: domain -> its network, all over one basis; they stay as they are.
+        train, val: domain -> its data, as for `fit`.
+        recipe: of all, or domain -> its own.
+        progress: is called with (steps done, of all trainings) after each step.
+
+    Raises:
+        CompressError: where the networks are not over one basis.
+        TrainingError: as `fit_jointly`.
+    """
+    recipes = _recipes(models, recipe)
+
+    def mean_accuracy(found: Mapping[str, nn.Module]) -> float:
+        return fmean(evaluate(found[name], val[name], device=device).accuracy for name in found)
+
+    best, best_accuracy, n_done = dict(models), mean_accuracy(models), 0
+    for factor in FACTORS:
+        loose = with_trainable_basis(models)
+        slower = {n: dataclasses.replace(r, lr=r.lr * factor) for n, r in recipes.items()}
+        n_steps: dict[str, int] = {}
+        for name, step in fit_jointly(loose, train, slower, device=device):
+            n_steps[name], n_done = step.n_steps, n_done + 1
+            if progress is not None and len(n_steps) == len(models):
+                progress(n_done, sum(n_steps.values()) * len(FACTORS))
+        found = with_frozen_basis(loose)
+        accuracy = mean_accuracy(found)
+        if accuracy > best_accuracy:
+            best, best_accuracy = found, accuracy
+    return best
+
+
+def _recipes(
+    models: Mapping[str, nn.Module], recipe: Recipe | Mapping[str, Recipe] | None
+) -> Mapping[str, Recipe]:
+    if isinstance(recipe, Mapping):
+        return recipe
+    return dict.fromkeys(models, recipe or Recipe())
