@@ -66,6 +66,19 @@ def test_the_spread_of_the_mean_is_over_seeds_that_have_every_domain(partial):
     assert found.deviation == pytest.approx(statistics.stdev(means), abs=1e-12)
 
 
+def test_a_seed_that_lacks_few_domains_counts_in_the_spread_over_the_others(table):
+    rows = read_rows(table(["full"], [f"d{n:02}" for n in range(12)], [0, 1, 2]))
+    lacking = [row for row in rows if (row.domain, row.seed) != ("d03", 1)]
+    of_seed = [
+        statistics.fmean(r.test_accuracy for r in rows if r.seed == seed and r.domain != "d03")
+        for seed in (0, 1, 2)
+    ]
+    assert over_domains(lacking).n == 3
+    assert over_domains(lacking).deviation == pytest.approx(statistics.stdev(of_seed), abs=1e-12)
+    fewer = [row for row in lacking if (row.domain, row.seed) != ("d04", 1)]
+    assert over_domains(fewer).n == 2
+
+
 def test_the_mean_weighs_every_domain_alike_however_many_seeds_it_has(partial):
     domains = {}
     for row in of(partial, "parallel"):

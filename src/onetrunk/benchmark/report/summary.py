@@ -19,6 +19,7 @@ from .rows import MethodLabel, Row
 
 PROBE = "head"
 REFERENCE = "full"  # fine-tuning: what the score and the differences are measured against
+MOST = 0.9  # of the domains, that a seed has to have to count in a spread of means
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 
@@ -132,18 +133,18 @@ def by_domain(rows: Sequence[Row]) -> dict[tuple[str, str], Spread]:
 def over_domains(rows: Sequence[Row]) -> Spread:
     """Mean over domains of the mean over seeds, of one method's rows.
 
-    The deviation is that of the mean over domains, over the seeds that have every domain: seeds
-    with different domains differ by more than chance.
+    The deviation is that of the mean over the domains that all seeds have, of the seeds that have
+    `MOST` of them: seeds with different domains differ by more than chance.
     """
     domains = grouped(rows, lambda row: row.domain)
     mean = float(np.mean([np.mean(_accuracies(group)) for group in domains.values()]))
-    seeds = grouped(rows, lambda row: row.seed)
-    whole = [
-        float(np.mean(_accuracies(group)))
-        for group in seeds.values()
-        if {row.domain for row in group} == set(domains)
-    ]
-    return Spread(mean, spread(whole).deviation if whole else None, len(whole))
+    accuracies: dict[int, dict[str, float]] = {}
+    for row in rows:
+        accuracies.setdefault(row.seed, {})[row.domain] = row.test_accuracy
+    full = [of for of in accuracies.values() if len(of) >= MOST * len(domains)]
+    in_all = [domain for domain in domains if all(domain in of for of in full)]
+    means = [float(np.mean([of[domain] for domain in in_all])) for of in full]
+    return Spread(mean, spread(means).deviation if means else None, len(means))
 
 
 def score(rows: Sequence[Row], baseline: Sequence[Row]) -> Score | None:
