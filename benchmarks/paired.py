@@ -34,6 +34,9 @@ def main() -> None:
     every = [r for r in every if r.per_class == (n_images or None)]
     of = by_method(every, arguments.backbone)
     other = by_method(every, arguments.other_backbone or arguments.backbone)
+    for method, found in ((arguments.method, of), (arguments.other, other)):
+        if method not in found:
+            parser.error(f"no cell of {method!r} there; there are {', '.join(sorted(found))}")
     mine, theirs = of[arguments.method], other[arguments.other]
     tell("all seeds", mine, theirs)
     for seed in sorted({row.seed for row in mine}):
