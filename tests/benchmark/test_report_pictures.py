@@ -10,6 +10,7 @@ from PIL import Image
 from onetrunk.benchmark.report import MethodLabel, read_rows, require_extra
 from onetrunk.benchmark.report.look import Canvas, looks, picture, place_labels
 from onetrunk.benchmark.report.pictures import (
+    _curve,
     _legend,
     accuracy_against_parameters,
     accuracy_by_domain,
@@ -20,7 +21,7 @@ from onetrunk.benchmark.report.pictures import (
     merged_order,
     transfer_curves,
 )
-from onetrunk.benchmark.report.summary import summarise
+from onetrunk.benchmark.report.summary import Spread, summarise
 from onetrunk.errors import MissingExtraError
 
 METHODS = [
@@ -180,3 +181,18 @@ def test_without_a_package_of_the_extra_the_extra_is_named(monkeypatch, package)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=rf'needs {package}.*pip install "onetrunk\[report'):
         require_extra()
+
+
+def test_a_curve_has_a_gap_where_a_level_is_missing():
+    found = {5: Spread(0.4, 0.01, 3), 10: None, 25: Spread(0.6, None, 1)}
+    with picture(4, 3) as canvas:
+        axes = canvas.figure.subplots()
+        _curve(axes, LOOKS["head"], 0.0, {5: 0, 10: 1, 25: 2}, found, set())
+        heights = np.asarray(axes.lines[0].get_ydata(), float)
+        assert heights == pytest.approx([40.0, np.nan, 60.0], nan_ok=True)
+
+
+def test_a_map_of_one_domain_is_wide_enough_for_its_words(table):
+    rows = read_rows(table(["parallel"], ["signs"], [0]))
+    pixels = drawn(change_map(rows, (0.05, 0.4)))
+    assert (pixels[:60, :4] > 250).all() and (pixels[:60, -4:] > 250).all()  # nothing is cut off

@@ -55,7 +55,7 @@ def test_mean_and_spread_by_domain_are_those_of_the_statistics_module(partial):
         assert found.n == len(values)
 
 
-def test_the_spread_of_the_mean_is_over_seeds_that_have_every_domain(partial):
+def test_the_spread_of_the_mean_is_over_seeds_that_have_nearly_every_domain(partial):
     found = over_domains(of(partial, "full"))  # seed 0 has no flowers
     means = []
     for seed in (1, 2):
@@ -77,6 +77,11 @@ def test_a_seed_that_lacks_few_domains_counts_in_the_spread_over_the_others(tabl
     assert over_domains(lacking).deviation == pytest.approx(statistics.stdev(of_seed), abs=1e-12)
     fewer = [row for row in lacking if (row.domain, row.seed) != ("d04", 1)]
     assert over_domains(fewer).n == 2
+    nowhere = [row for row in rows if int(row.domain[1:]) != row.seed]
+    assert over_domains(nowhere).n == 3
+    diagonal = read_rows(table(["full"], [f"d{n:02}" for n in range(10)], list(range(10))))
+    empty = over_domains([row for row in diagonal if int(row.domain[1:]) != row.seed])
+    assert empty.deviation is None and empty.n == 0
 
 
 def test_the_mean_weighs_every_domain_alike_however_many_seeds_it_has(partial):

@@ -79,9 +79,12 @@ def test_a_report_replaces_the_earlier_one_and_leaves_other_files_alone(rows, tm
     after = written([row for row in rows if row["method"] == "head"], tmp_path)
     assert set(after) < set(before)
     assert {path for path in tmp_path.iterdir() if path.is_file()} == {*after.values(), own[0]}
-    (tmp_path / "mini.json").write_text('{"pictures": ["../out.png", "mine.png.txt", 3]}')
+    foreign = [tmp_path / "t" / "out.png", tmp_path / "notes.txt", tmp_path / "3"]
+    for path in foreign:
+        path.write_bytes(b"mine")
+    (tmp_path / "mini.json").write_text('{"pictures": ["t/out.png", "notes.txt", 3]}')
     written(rows[:1], tmp_path)
-    assert all(path.exists() for path in own)
+    assert all(path.exists() for path in (*own, *foreign))
 
 
 def test_the_page_needs_nothing_but_itself(files):

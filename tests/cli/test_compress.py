@@ -104,6 +104,8 @@ def test_the_basis_is_tuned_by_all_domains_or_stays(run, stored, photos, tmp_pat
     assert seen == [(every, every, every, 1)] * 2
     bases = [Bank.open(tmp_path / f"{x}.bank").load("stripes").domain.basis for x in "ab"]
     assert bases[0] != bases[1]
+    provenance = [Bank.open(tmp_path / f"{x}.bank").domains["stripes"].provenance for x in "ab"]
+    assert [known["basis_tuned"] for known in provenance] == [False, True]
 
 
 @pytest.mark.parametrize("budget", ["8000", "32kB", "5%"])
@@ -165,7 +167,12 @@ def test_a_stop_leaves_nothing(run, stored, tmp_path, monkeypatch):
         (("--keep", 0.5, "--max-loss", 0.1), "say how far: one of --keep 0.5, --budget"),
         (("--keep", 0.5, "--budget", "9kB"), "say how far: one of --keep 0.5, --budget"),
         (("--budget", "half"), "cannot read the budget 'half'"),
-        (("--budget", "9B"), "smallest plan has"),
+        (("--budget", "9B"), "--budget 9B: n_bytes=9 leaves"),
+        (
+            ("--keep", 0.5, "--images", "stripes=x", "--data", "stripes=y"),
+            "'stripes' has --images and images of --data or --tune",
+        ),
+        (("--keep", 0.5, "--images", "stripes=x"), "--images x: there is no image below"),
         (("--keep", 0.5, "--tune-basis", "--tune", "stripes=x"), "and 'signs' has no --tune"),
         (("--keep", 0.5, "--images", "cats=photos"), "data was given for domain 'cats'"),
         (("--max-loss", 0.1), "--max-loss needs validation images"),
@@ -212,6 +219,14 @@ def test_a_compressed_bank_is_told_apart(run, stored, photos, tmp_path):
     assert "'stripes': it is over a basis already. Train some first" in refused.err
 
 
+def test_where_nothing_is_worth_sharing_no_basis_is_tuned(run, stored, photos, tmp_path):
+    tuned = (f"--tune={name}={photos}" for name in ("stripes", "signs", "digits"))
+    words = ("compress", stored, "--keep", 1, *tuned, "--tune-basis", "--epochs", 1)
+    ran = run(*words, "--no-picture", "--out", tmp_path / "b.bank", "--json")
+    assert ran.status == 0, ran.err
+    assert json.loads(ran.out)["basis_tuned"] is False
+
+
 def test_a_later_domain_is_trained_over_the_basis_that_is_there(run, stored, photos, tmp_path):
     out = tmp_path / "half.bank"
     assert run("compress", stored, "--keep", 0.5, "--out", out).status == 0
@@ -221,6 +236,8 @@ def test_a_later_domain_is_trained_over_the_basis_that_is_there(run, stored, pho
     assert ran.status == 0, ran.err
     bank = Bank.open(out)
     assert bank.load("next").domain.basis == bank.load("stripes").domain.basis
+    assert bank.load("next").domain.plan == bank.load("stripes").domain.plan
+    assert run("train", out, "next", *words, "--replace").status == 0
     assert bank.basis_bytes == size and len(list((out / "blobs").iterdir())) == blobs + 1
 
 

@@ -342,6 +342,24 @@ def test_a_later_domain_over_a_basis_starts_as_the_backbone(family, share) -> No
             assert parameter.grad.any() and not parameter.detach().any(), name
 
 
+def test_a_later_domain_may_have_the_plan_of_any_domain_over_the_basis() -> None:
+    over = net()
+    models = {
+        name: attach(over, ot.LowRank(rank=rank), ["a", "b"], input_size=SIZE, seed=rank)
+        for name, rank in (("first", 1), ("second", 3))
+    }
+    for model in models.values():
+        for parameter in (p for n, p in model.named_parameters() if ".adapter." in n):
+            parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    found = compress(models, 0.9)
+    plans = {name: model.domain.plan for name, model in found.items()}
+    assert plans["first"] != plans["second"]
+    for name, plan in plans.items():
+        later = attach(over, plan, ["x", "y"], basis=found.basis, input_size=SIZE)
+        assert later.domain.plan == plan == plans[name]
+        assert later.domain.basis is found.basis
+
+
 @every_family
 @every_share
 def test_projecting_the_domains_of_a_basis_onto_it_gives_them_again(family, share) -> None:
@@ -455,7 +473,7 @@ def test_a_basis_of_another_backbone_or_kind_is_refused() -> None:
         act=lambda: attach(stranger, classes=["a", "b"], basis=basis, input_size=SIZE),
     )  # fmt: skip
     refuses(
-        "leave `family` and `where` out", error=AttachError,
+        "leave `where` out, and `family` too unless it is the plan", error=AttachError,
         act=lambda: attach(over, ot.Norm(), ["a", "b"], basis=basis),
     )  # fmt: skip
     refuses(

@@ -12,6 +12,7 @@ from onetrunk.errors import TrainingError
 from onetrunk.training.evaluate import evaluate
 from onetrunk.training.fit import Step, fit
 from onetrunk.training.jointly import fit_jointly, interleave
+from onetrunk.training.optimizer import kinds
 
 RECIPE = ot.Recipe(epochs=2, batch_size=8)
 
@@ -131,8 +132,40 @@ def test_a_basis_is_tuned_where_that_helps_on_validation_images(
     assert len(asked) == 6 and len(set(map(str, bases))) == 3
     expected = bases[0] if better is None else bases[1 + better]
     assert {model.domain.basis for model in tuned.values()} == {expected}
+    assert not jointly.tune_basis({}, {}, {})
     total = 2 * sum(RECIPE.n_steps(len(d)) for d in data.values())
     assert shown[-1] == (total, total)
+
+
+def test_a_basis_is_tuned_slowly_and_the_given_networks_stay(compressed, data, monkeypatch, bits):
+    before, recipes = {n: bits(m) for n, m in compressed.items()}, []
+    fit_jointly = jointly.fit_jointly
+
+    def watched(models, train, recipe, *, device):
+        recipes.append(recipe["d0"])
+        return fit_jointly(models, train, recipe, device=device)
+
+    monkeypatch.setattr(jointly, "fit_jointly", watched)
+    jointly.tune_basis(compressed.models, data, data, RECIPE, device="cpu")
+    assert [r.lr / RECIPE.lr for r in recipes] == pytest.approx([0.1, 0.5])
+    assert [r.lr_full / RECIPE.lr_full for r in recipes] == pytest.approx([0.1, 0.5])
+    assert not any(n.endswith("right_ri") for m in compressed.values() for n in kinds(m))
+    loose = with_trainable_basis(compressed)["d0"]
+    assert {k for n, k in kinds(loose).items() if n.endswith("right_ri")} == {"inner"}
+    assert {k for n, k in kinds(loose).items() if n.endswith(".g")} == {"adapter"}
+    after = {n: bits(m) for n, m in compressed.items()}
+    assert all(torch.equal(after[n][k], before[n][k]) for n in before for k in before[n])
+
+
+def test_what_a_basis_needs_is_refused_before_the_work(compressed, data, make_model, make_net):
+    with pytest.raises(TrainingError, match="'d1' has no validation data, which says whether"):
+        jointly.tune_basis(compressed.models, data, {"d0": data["d0"]})
+    with pytest.raises(TrainingError, match="'d1' has no training data"):
+        jointly.tune_basis(compressed.models, {"d0": data["d0"]}, data)
+    with pytest.raises(TrainingError, match="'d0' has no recipe"):
+        jointly.tune_basis(compressed.models, data, data, {"d1": RECIPE})
+    alone = {"d0": make_model(ot.Parallel(), backbone=make_net())}
+    assert jointly.tune_basis(alone, data, data) == alone
 
 
 def test_every_domain_may_have_a_recipe_of_its_own_and_none_is_left_without(compressed, data):

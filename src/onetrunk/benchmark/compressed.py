@@ -1,7 +1,7 @@
 """Cells of compressed methods: all trained domains of one method, factored together and tuned.
 
 The basis is made of every domain at once, so a study's domains are one piece of work. Of each
-domain's network as compressed and after tuning at each of `FACTORS`, validation images choose. With
+domain's network as compressed and after tuning at each of `RATES`, validation images choose. With
 `tune="all"` the same choice is made for the basis before that, by the mean over its domains.
 """
 
@@ -20,7 +20,7 @@ from ..core.compress import compress, rebuilt
 from ..errors import DataError
 from ..training.evaluate import evaluate
 from ..training.fit import fit
-from ..training.jointly import FACTORS, tune_basis
+from ..training.jointly import RATES, tune_basis
 from ..training.recipe import Recipe
 from .cells import Cell, bank_name, bank_path, figures, setting_of, train_again
 from .ledger import Ledger, digest_of
@@ -136,8 +136,6 @@ def _basis_tuned(
 ) -> dict[str, nn.Module]:
     """The domains of `cells` over their basis as it is, or trained with them: what is best."""
     chosen = {cell.domain: models[cell.domain] for cell in cells}
-    if any(domain_of(model).basis is None for model in chosen.values()):
-        return chosen  # no site was worth factoring
     return tune_basis(
         chosen,
         {name: settings[name].train for name in chosen},
@@ -146,9 +144,9 @@ def _basis_tuned(
     )
 
 
-def _recipe(cell: Cell, source: Tuning, share: float = 1.0) -> Recipe:
+def _recipe(cell: Cell, source: Tuning, rate: float = 1.0) -> Recipe:
     """Of a tuning at a share of the rates that the domain was trained at."""
-    tuning = dataclasses.replace(source, factor=source.factor * share)
+    tuning = dataclasses.replace(source, factor=source.factor * rate)
     return cell.protocol.recipe(tuning, cell.seed, cell.protocol.tune_epochs)
 
 
@@ -158,9 +156,9 @@ def _tuned(
     started = time.monotonic()
     best, best_accuracy, chosen = model, evaluate(model, setting.val).accuracy, 0.0
     trials = [{"lr": 0.0, "decay": source.decay, "val_accuracy": best_accuracy}]
-    for share in FACTORS:
+    for rate in RATES:
         candidate = _copy(model)
-        recipe = _recipe(cell, source, share)
+        recipe = _recipe(cell, source, rate)
         for _ in fit(candidate, setting.train, recipe, val=setting.val, graphed=cell.graphed):
             pass
         accuracy = evaluate(candidate, setting.val).accuracy

@@ -14,14 +14,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..core.adapters import Head
 from ..errors import DataError, OnetrunkError
 from .cells import Cell, Trunk, run_cell
 from .compressed import compressed_key, run_compressed, source_of
 from .ledger import Ledger
-from .methods import Compressed, Placed, read_method
+from .methods import Compressed, read_method
 from .protocol import Protocol
 from .report import Place
+from .report.summary import PROBE
 
 Progress = Callable[[int, int, str], None]
 
@@ -86,7 +86,6 @@ class Study:
         return Cell(self.name, trunk, str(self.data), domain, method, seed, protocol, self.graphed)
 
 
-PROBE = str(Placed(Head()))
 MAX_WORDS = 400  # of an error that is not ours
 
 

@@ -125,22 +125,19 @@ def read_plan(path: Path, backbone: nn.Module) -> Plan:
         raise type(error)(f"the plan {path}: {error}") from error
 
 
-def plan_of(bank: Bank, name: str) -> Plan | Basis:
-    """The plan of a domain that the bank has; of a compressed one its basis, which has a plan.
+def plan_of(bank: Bank, name: str) -> tuple[Plan, Basis | None]:
+    """The plan of a domain that the bank has, and the basis that it is over where there is one.
 
     Raises:
         BankError: where there is no such domain, or it has no adapters.
     """
     domain = domain_of(bank.load(name))
-    if domain.basis is not None:
-        return domain.basis
-    plan = domain.plan
-    if not plan:
+    if not domain.plan:
         raise BankError(
             f"domain {name!r} has no plan to reuse: it is {bank.domains[name].family}, without "
             "adapters at single layers. Name another domain."
         )
-    return plan
+    return domain.plan, domain.basis
 
 
 def _measured(

@@ -261,11 +261,13 @@ def train(
         )
     screen = Screen(as_json)
     opened = _open_for(bank, domain, replace)
+    family, basis = _family(opened, adapter, plan, plan_of)
     request = Request(
         domain=domain,
         splits=load(data, split_fractions=_fractions(split)),
         source=data,
-        family=_family(opened, adapter, plan, plan_of),
+        family=family,
+        basis=basis,
         where=where,
         norms=norms,  # type: ignore[arg-type]
         recipe=_recipe(recipe, epochs, seed),
@@ -681,20 +683,20 @@ def _open_for(path: Path, domain: str, replace: bool) -> "Bank":
 
 def _family(
     bank: "Bank", adapter: str | None, plan: Path | None, plan_of: str | None
-) -> "Family | Plan | Basis | None":
+) -> "tuple[Family | Plan | None, Basis | None]":
     """What is attached: a family, the plan of a file or of another domain, or the default."""
     from ..core.adapters import read_family
 
     if sum(given is not None for given in (adapter, plan, plan_of)) > 1:
         raise typer.BadParameter("--adapter, --plan and --plan-of exclude each other")
     if adapter is not None:
-        return read_family(adapter)
+        return read_family(adapter), None
     if plan is None and plan_of is None:
-        return None
+        return None, None
     from . import allocating
 
     if plan is not None:
-        return allocating.read_plan(plan, bank.backbone)
+        return allocating.read_plan(plan, bank.backbone), None
     return allocating.plan_of(bank, str(plan_of))
 
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..bank.bank import Bank
 from ..core.activations import Covariances, activation_covariances
@@ -23,7 +22,7 @@ from ..core.adapters.shared import Share
 from ..core.allocate import BYTES, budget_parts, parse_budget
 from ..core.attach import domain_of
 from ..core.compress import Compressed, compress, compress_within, factorable, sweep
-from ..data import Prepared, Preprocessing, Splits, decode
+from ..data import Images, Prepared, Splits
 from ..data.source_folder import images_below
 from ..errors import BankError, CompressError, DataError
 from ..files import DISK, check_writable, reason
@@ -39,7 +38,7 @@ from .training import load_as_trained
 LITTLE = 0.9  # of the share that was asked for
 KEEPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)  # budgets of the picture
 COPIED = "copied: "
-N_SEEN = 128  # training images, without their labels, that activations are taken from
+N_SEEN = 128  # images of a domain, without their labels, that activations are taken from
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,16 @@ def run(request: Request, screen: Screen) -> None:
         name: _parts(models[name], load_as_trained(source, cards[name]), source, screen)
         for name, source in request.data.items()
     }
-    seen = _seen(models, parts, request.images, screen)
+    unlabelled = {name: _unlabelled(folder) for name, folder in request.images.items()}
+    seen = _seen(models, parts, unlabelled, screen)
     found = _compressed(models, parts, seen, request, screen)
     for name, data in parts.items():
         figures[name].before = _accuracy(models[name], data.judged, f"{name} before", screen)
         figures[name].compressed = _accuracy(found[name], data.judged, f"{name} after", screen)
+    factored = found.basis
     if request.tune_basis:
         found = _basis_tuned(found, parts, request, screen)
+    basis_tuned = found.basis != factored
     for name in sorted(request.tune):
         _tune(name, found[name], parts[name], request, screen)
         figures[name].tuned = _accuracy(found[name], parts[name].judged, f"{name} tuned", screen)
@@ -118,7 +120,7 @@ def run(request: Request, screen: Screen) -> None:
     with _beside(request.out) as folder:
         new = Bank.create(folder, request.bank.backbone, by_reference=request.bank.by_reference)
         for name in request.bank.domains:
-            _add(new, name, found, parts, figures[name], request)
+            _add(new, name, found, parts, figures[name], request, basis_tuned)
             figures[name].bytes_before = request.bank.domains[name].size
             figures[name].bytes_after = new.domains[name].size
         basis_bytes = new.basis_bytes
@@ -136,6 +138,7 @@ def run(request: Request, screen: Screen) -> None:
             "numbers_after": found.numbers_after,
             "kept": found.kept,
             "basis_bytes": basis_bytes,
+            "basis_tuned": basis_tuned,
             "picture": str(request.file) if curve else None,
             "left_out": dict(found.left_out),
             "domains": {name: vars(known) for name, known in figures.items()},
@@ -231,6 +234,11 @@ def _note(model: nn.Module, has_adapters: bool) -> str:
 
 
 def _refuse_unknown(request: Request, models: Mapping[str, nn.Module]) -> None:
+    if twice := next((name for name in request.images if name in request.data), None):
+        raise CompressError(
+            f"domain {twice!r} has --images and images of --data or --tune, which serve as well. "
+            "Leave one out."
+        )
     for name in (*request.data, *request.images):
         if name not in models:
             raise CompressError(
@@ -271,16 +279,26 @@ def _parts(model: nn.Module, splits: Splits, source: str, screen: Screen) -> Par
     return Parts(train, val, ready(splits.test, "test"), "test")
 
 
+def _unlabelled(folder: str) -> Images:
+    """Some images below a folder, evenly spread, as images of one class that is not looked at."""
+    top = Path(folder)
+    files = sorted(images_below(top, top, [])) if top.is_dir() else []
+    if not files:
+        raise DataError(f"--images {folder}: there is no image below. Give a folder of images.")
+    chosen = files[:: -(-len(files) // N_SEEN)]
+    return Images.from_files(chosen, [0] * len(chosen), ["unlabelled"])
+
+
 def _seen(
     models: Mapping[str, nn.Module],
     parts: Mapping[str, Parts],
-    folders: Mapping[str, str],
+    unlabelled: Mapping[str, Images],
     screen: Screen,
 ) -> Covariances | None:
     """The activations on images, where every domain has some: no label is looked at."""
-    lacking = [name for name in models if name not in parts and name not in folders]
+    lacking = [name for name in models if name not in parts and name not in unlabelled]
     if lacking:
-        if parts or folders:
+        if parts or unlabelled:
             screen.warn(
                 f"errors are those of the matrices, not of outputs: {lacking[0]!r} has no images. "
                 "Give --data or --images for every domain to weigh them by real activations."
@@ -289,24 +307,14 @@ def _seen(
     seen: dict[str, Any] = {}
     with screen.bar("looking at activations") as show:
         for done, (name, model) in enumerate(models.items()):
-            images_bchw = (
-                _views_below(Path(folders[name]), preprocessing_of(model))
-                if name in folders
-                else parts[name].train.few_views(N_SEEN)
+            images = (
+                Prepared(unlabelled[name], preprocessing_of(model))
+                if name in unlabelled
+                else parts[name].train
             )
-            seen |= activation_covariances({name: model}, {name: images_bchw})
+            seen |= activation_covariances({name: model}, {name: images.few_views(N_SEEN)})
             show(done + 1, len(models))
     return seen
-
-
-def _views_below(folder: Path, preprocessing: Preprocessing) -> Tensor:
-    """What a network sees of some images of a folder, evenly spread: float (b, c, S, S)."""
-    files = sorted(images_below(folder, folder, [])) if folder.is_dir() else []
-    if not files:
-        raise DataError(f"--images {folder}: there is no image below. Give a folder of images.")
-    chosen = files[:: -(-len(files) // N_SEEN)]
-    squares = [preprocessing.prepare(decode(path, name=str(path))) for path in chosen]
-    return preprocessing.evaluation_view(torch.stack(squares))
 
 
 def _compressed(
@@ -320,11 +328,15 @@ def _compressed(
         return compress(models, rank_fraction=request.keep, share=request.share, covariances=seen)
     if request.budget is not None:
         amount, unit = budget_parts(request.budget)
-        n_bytes = round(amount * BYTES[unit]) if unit in BYTES else None
-        numbers = None if n_bytes else parse_budget(request.budget, request.bank.backbone)
-        return compress(
-            models, numbers=numbers, n_bytes=n_bytes, share=request.share, covariances=seen
+        asked = (
+            {"n_bytes": round(amount * BYTES[unit])}
+            if unit in BYTES
+            else {"numbers": parse_budget(request.budget, request.bank.backbone)}
         )
+        try:
+            return compress(models, **asked, share=request.share, covariances=seen)
+        except CompressError as error:
+            raise CompressError(f"--budget {request.budget}: {error}") from None
     if request.max_loss is None:
         return compress(models, request.keep, share=request.share, covariances=seen)
 
@@ -354,7 +366,7 @@ def _basis_tuned(
             progress=show,
         )
     basis = domain_of(next(iter(models.values()))).basis
-    if basis is None or basis == found.basis:
+    if basis is None or basis == found.basis:  # or nothing was worth sharing
         screen.say("  the basis stays as it was: tuning it did not help on validation images")
         return found
     return replace(found, models=models, basis=basis)
@@ -419,6 +431,7 @@ def _add(
     parts: Mapping[str, Parts],
     figures: Figures,
     request: Request,
+    basis_tuned: bool,
 ) -> None:
     old = request.bank.domains[name]
     if name not in found:
@@ -431,6 +444,7 @@ def _add(
         "compressed_from": {"family": old.family, "metrics": dict(old.metrics)},
         "compressed_with": {"domains": list(found), "kept": found.kept, "share": request.share},
         "tuned_epochs": request.epochs if name in request.tune else 0,
+        "basis_tuned": basis_tuned,
     }
     model = found[name].to(next(request.bank.backbone.parameters()).device)
     new.add(name, model, metrics=metrics, provenance={**old.provenance, **history})

@@ -41,7 +41,8 @@ class Request:
     domain: str
     splits: Splits
     source: str
-    family: Family | Plan | Basis | None = None  # a basis: the domain starts on it
+    family: Family | Plan | None = None
+    basis: Basis | None = None  # that the plan is over
     where: Where | None = None
     norms: Norms = "all"
     recipe: Recipe = field(default_factory=Recipe)
@@ -197,7 +198,9 @@ def train_ready(
         OnetrunkError: of the room that refuses; the bank is then as it was.
     """
     data = ready.parts
-    model = attached(bank.backbone, request.family, ready, request.where, request.norms)
+    model = attached(
+        bank.backbone, request.family, ready, request.where, request.norms, request.basis
+    )
     _say_family(model, request, screen)
     scored_on = "test" if data["test"] is not None else "val"
     if request.probe and probed is None:
@@ -283,18 +286,19 @@ def _say_family(model: nn.Module, request: Request, screen: Screen) -> None:
 
 def attached(
     backbone: nn.Module,
-    family: Family | Plan | Basis | None,
+    family: Family | Plan | None,
     ready: Ready,
     where: Where | None = None,
     norms: Norms = "all",
+    basis: Basis | None = None,
 ) -> nn.Module:
     """A fresh domain for these images."""
     seen = ready.preprocessing
     return attach(
         backbone,
-        None if isinstance(family, Basis) else family,
+        family,
         ready.classes,
-        basis=family if isinstance(family, Basis) else None,
+        basis=basis,
         where=where,
         preprocessing=seen,
         input_size=(seen.channels, seen.size_px, seen.size_px),

@@ -220,7 +220,8 @@ def attach(
         head: the classifier's module path, where it is not found by itself.
         seed: of the fresh head and adapters; the global generator is not touched.
         basis: what compressed domains share, `compressed.basis` or `model.domain.basis`: the new
-            domain starts on it, as it is, in the place of `family` and `where`.
+            domain starts on it, as it is, with its plan (the first of those domains') where
+            `family` is not the plan of another domain over it.
         norms: which are the domain's own: `all`, or `placed`, those from the first adapted layer
             on. Those before it then stay the backbone's, in eval mode, so that what is below is
             the same for every domain and epoch (see `cached`).
@@ -250,7 +251,7 @@ def attach(
         )
     if basis is not None:
         _refuse_foreign_basis(backbone, basis, family, where)
-        family = basis.plan
+        family = basis.plan if family is None else family
     traced = trace(backbone, input_size, head)
     scope, text, plan, skipped = _resolve(family, where, traced)
     held = _held_norms(backbone, norms, text, plan, traced)
@@ -312,9 +313,10 @@ def _held_norms(
 def _refuse_foreign_basis(
     backbone: nn.Module, basis: Basis, family: Family | Plan | None, where: Where | None
 ) -> None:
-    if family is not None or where is not None:
+    if not isinstance(family, Mapping | None) or where is not None:
         raise AttachError(
-            "a basis says which adapters go where: leave `family` and `where` out, or the basis."
+            "a basis says which adapters go where: leave `where` out, and `family` too unless it "
+            "is the plan of another domain over the basis; or leave the basis out."
         )
     found = fingerprint_of(backbone.state_dict())
     if found != basis.backbone:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.attach import domain_of
 from ..core.compress import with_frozen_basis, with_trainable_basis
 from ..errors import TrainingError
 from .evaluate import evaluate
@@ -20,7 +21,7 @@ from .examples import Progress
 from .fit import Step, fit
 from .recipe import Recipe
 
-FACTORS = (0.1, 0.5)  # of the recipe's rate, at which a basis is tuned
+RATES = (0.1, 0.5)  # shares of a recipe's learning rates: what is trained already moves slowly
 
 
 def interleave(trainings: Mapping[str, Iterator[Step]]) -> Iterator[tuple[str, Step]]:
@@ -72,17 +73,8 @@ def fit_jointly(
     Raises:
         TrainingError: where a domain has no data or no recipe, and as `fit`.
     """
-    recipes = _recipes(models, recipe)
-    for name in models:
-        if name not in train:
-            raise TrainingError(
-                f"domain {name!r} has no training data, and the others would move the basis under "
-                "it. Give data for every domain, or tune each one's own factors with fit."
-            )
-        if name not in recipes:
-            raise TrainingError(
-                f"domain {name!r} has no recipe. Give one for every domain, or one for all."
-            )
+    recipes = recipe if isinstance(recipe, Mapping) else dict.fromkeys(models, recipe)
+    _refuse_lacking(models, train, recipes)
     yield from interleave(
         {n: fit(m, train[n], recipes[n], device=device) for n, m in models.items()}
     )
@@ -97,45 +89,66 @@ def tune_basis(
     device: str | torch.device | None = None,
     progress: Progress | None = None,
 ) -> dict[str, nn.Module]:
-    """New networks over their basis, trained by all of them at `FACTORS` of the recipe's rate.
+    """New networks over their basis, trained by all of them at `RATES` of the recipe's rates.
 
     Of these trainings and the networks as they are, the highest mean accuracy on `val` chooses, as
-    what moves one domain moves all; each may tune its own factors with `fit` afterwards.
+    what moves one domain moves all; each may tune its own factors with `fit` afterwards. Networks
+    that are over no basis, as nothing was worth sharing, come back as they are.
 
     Args:
         models: domain -> its network, all over one basis; they stay as they are.
         train, val: domain -> its data, as for `fit`.
         recipe: of all, or domain -> its own.
+        device: as for `fit`.
         progress: is called with (steps done, of all trainings) after each step.
 
     Raises:
         CompressError: where the networks are not over one basis.
-        TrainingError: as `fit_jointly`.
+        TrainingError: as `fit_jointly`, and where a domain has no validation data.
     """
-    recipes = _recipes(models, recipe)
+    if all(domain_of(model).basis is None for model in models.values()):
+        return dict(models)
+    recipe = recipe or Recipe()
+    recipes = recipe if isinstance(recipe, Mapping) else dict.fromkeys(models, recipe)
+    _refuse_lacking(models, train, recipes)
+    if lacking := next((name for name in models if name not in val), None):
+        raise TrainingError(
+            f"domain {lacking!r} has no validation data, which says whether the basis is better. "
+            "Give val for every domain."
+        )
+    loose = [with_trainable_basis(models) for _ in RATES]
 
     def mean_accuracy(found: Mapping[str, nn.Module]) -> float:
         return fmean(evaluate(found[name], val[name], device=device).accuracy for name in found)
 
     best, best_accuracy, n_done = dict(models), mean_accuracy(models), 0
-    for factor in FACTORS:
-        loose = with_trainable_basis(models)
-        slower = {n: dataclasses.replace(r, lr=r.lr * factor) for n, r in recipes.items()}
+    for rate, candidates in zip(RATES, loose, strict=True):
+        slower = {
+            name: dataclasses.replace(own, lr=own.lr * rate, lr_full=own.lr_full * rate)
+            for name, own in recipes.items()
+        }
         n_steps: dict[str, int] = {}
-        for name, step in fit_jointly(loose, train, slower, device=device):
+        for name, step in fit_jointly(candidates, train, slower, device=device):
             n_steps[name], n_done = step.n_steps, n_done + 1
             if progress is not None and len(n_steps) == len(models):
-                progress(n_done, sum(n_steps.values()) * len(FACTORS))
-        found = with_frozen_basis(loose)
+                progress(n_done, sum(n_steps.values()) * len(RATES))
+        found = with_frozen_basis(candidates)
         accuracy = mean_accuracy(found)
         if accuracy > best_accuracy:
             best, best_accuracy = found, accuracy
     return best
 
 
-def _recipes(
-    models: Mapping[str, nn.Module], recipe: Recipe | Mapping[str, Recipe] | None
-) -> Mapping[str, Recipe]:
-    if isinstance(recipe, Mapping):
-        return recipe
-    return dict.fromkeys(models, recipe or Recipe())
+def _refuse_lacking(
+    models: Mapping[str, nn.Module], train: Mapping[str, Any], recipes: Mapping[str, Any]
+) -> None:
+    for name in models:
+        if name not in train:
+            raise TrainingError(
+                f"domain {name!r} has no training data, and the others would move the basis under "
+                "it. Give data for every domain, or tune each one's own factors with fit."
+            )
+        if name not in recipes:
+            raise TrainingError(
+                f"domain {name!r} has no recipe. Give one for every domain, or one for all."
+            )

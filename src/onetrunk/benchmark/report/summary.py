@@ -17,7 +17,7 @@ import numpy as np
 
 from .rows import MethodLabel, Row
 
-PROBE = "head"
+PROBE = "head"  # the linear probe, whose training on all images no seed changes
 REFERENCE = "full"  # fine-tuning: what the score and the differences are measured against
 MOST = 0.9  # of the domains, that a seed has to have to count in a spread of means
 Item = TypeVar("Item")
@@ -143,7 +143,7 @@ def over_domains(rows: Sequence[Row]) -> Spread:
         accuracies.setdefault(row.seed, {})[row.domain] = row.test_accuracy
     full = [of for of in accuracies.values() if len(of) >= MOST * len(domains)]
     in_all = [domain for domain in domains if all(domain in of for of in full)]
-    means = [float(np.mean([of[domain] for domain in in_all])) for of in full]
+    means = [float(np.mean([of[domain] for domain in in_all])) for of in full if in_all]
     return Spread(mean, spread(means).deviation if means else None, len(means))
 
 

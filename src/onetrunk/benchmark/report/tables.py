@@ -223,7 +223,7 @@ def _method_notes(
     perfect = sorted({domain for s in summaries if s.score for domain in s.score.perfect})
     notes = [
         "Accuracy: mean over domains of the mean over seeds, ± the standard deviation over seeds "
-        "of the mean over the domains that they have in common.",
+        "(of those with nine tenths of the domains) of the mean over what they have in common.",
         "Parameters: (backbone + the own numbers of all the method's domains + shared ones) / "
         "backbone, without classifiers.",
     ]

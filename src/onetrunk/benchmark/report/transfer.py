@@ -131,7 +131,8 @@ def _contest(level: Level, rows: Sequence[Row], reference: str) -> Contest | Non
 def _of_every_seed(rows: Sequence[Row], baseline: Sequence[Row]) -> list[Row]:
     """A linear probe on all images, which is one cell whatever the seed, as a row of each seed."""
     seeds = sorted({row.seed for row in baseline})
-    return [dataclasses.replace(row, seed=seed) for row in rows for seed in seeds]
+    of_domain = {row.domain: row for row in rows}
+    return [dataclasses.replace(row, seed=s) for row in of_domain.values() for s in seeds]
 
 
 def _reversed(found: Paired) -> Paired:

@@ -38,7 +38,7 @@ def write_report(
         failures: why some are, a sentence each.
 
     Returns:
-        NAME.md, NAME.json, the pictures, NAME.html (which needs none of the others).
+        NAME.md, the pictures, NAME.html (which needs none of the others), NAME.json.
 
     Raises:
         DataError: no row, a row that cannot be, or a folder that cannot be written.
@@ -54,17 +54,16 @@ def write_report(
     plain = [_plain(row) for row in read]
     contents = {
         f"{name}.md": markdown_text(report).encode(),
-        f"{name}.json": _json(report, command, plain),
         **{picture.name: picture.png for s in report.sections for picture in s.pictures},
         f"{name}.html": page(report, plain).encode(),
+        f"{name}.json": _json(report, command, plain),
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        earlier = _pictures_of(out / f"{name}.json")
+        for file in _pictures_of(out / f"{name}.json") - contents.keys():
+            (out / file).unlink(missing_ok=True)
         for file, data in contents.items():
             write_atomically(out / file, data)
-        for file in earlier - contents.keys():
-            (out / file).unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"the report cannot be written to {out}: {reason(error)}") from error
     return [out / file for file in contents]
