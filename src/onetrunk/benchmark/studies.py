@@ -95,8 +95,9 @@ def default_methods(trunk: Trunk, full: bool) -> tuple[str, ...]:
     methods = (
         "head", "full", family, "norm", "series", "allocate(budget='8%')", "allocate(budget='1%')",
         "uniform(budget='1%')", _written("lora", like=family, norms=True),
-        _written("compress", of=family, keep=0.5), _written("compress", of=family, keep=0.25),
-        _written("svd", of=family, keep=0.5),
+        _written("compress", of=family, keep=0.5),
+        _written("compress", of=family, keep=0.25, tune="all"),
+        _written("svd", of=family, keep=0.25, tune="all"),
     )  # fmt: skip
     if not full:
         return methods
