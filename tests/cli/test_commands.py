@@ -386,6 +386,31 @@ def test_ctrl_c_speaks_of_resuming_where_that_can_be_done(run, monkeypatch, verb
     assert ("--resume" in ran.err) == (verb == "train")
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device: what"),
+        (RuntimeError("operator torchvision::nms does not exist"), "come from different builds"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_in_a_line(run, monkeypatch, error, says):
+    def failing(**_options):
+        raise error
+
+    monkeypatch.setattr("onetrunk.cli.app.app", failing)
+    ran = run("list")
+    assert ran.status == 1 and says in ran.err
+
+
+def test_other_errors_of_the_machine_are_not_hidden(run, monkeypatch):
+    def failing(**_options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("onetrunk.cli.app.app", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        run("list")
+
+
 def test_a_no_changes_nothing_and_says_so(run, monkeypatch):
     def declined(**_options):
         raise typer.Abort

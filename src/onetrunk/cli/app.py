@@ -4,6 +4,7 @@ Exit status: 0; 1 for a failure, with one line on standard error that says what 
 2 for wrong usage.
 """
 
+import errno
 import io
 import sys
 from collections.abc import Mapping
@@ -781,6 +782,13 @@ def main() -> None:
         may_resume = sys.argv[1:2] in (["train"], ["allocate"], ["pretrain"])
         resumes = " A training goes on with --resume." if may_resume else ""
         _fail(f"stopped; nothing half-written is left.{resumes}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(
+            f"{error.strerror}: what was to be written, or the lines on standard output, found no "
+            "room. Make some and run the command again."
+        )
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
