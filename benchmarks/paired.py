@@ -14,7 +14,7 @@ import numpy as np
 
 from onetrunk.benchmark.ledger import Ledger
 from onetrunk.benchmark.report import read_rows
-from onetrunk.benchmark.report.summary import REFERENCE, common, paired, score
+from onetrunk.benchmark.report.summary import REFERENCE, common, over_domains, paired, score
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,12 +26,14 @@ def main() -> None:
     parser.add_argument("other")
     parser.add_argument("--other-backbone", help="the other method's, where it is another one")
     parser.add_argument("--per-class", type=int, help="of transfer: images a class, 0: all")
+    parser.add_argument("--without", default="", help="domains, with commas between")
     parser.add_argument("--of", default="mini", choices=["mini", "full"], help="whose cells")
     arguments = parser.parse_args()
     records = [r for r in Ledger(RESULTS / arguments.of).read().values() if r["kind"] == "cell"]
     n_images = arguments.per_class
     every = [r for r in read_rows(records) if (r.study == "transfer") == (n_images is not None)]
     every = [r for r in every if r.per_class == (n_images or None)]
+    every = [r for r in every if r.domain not in arguments.without.split(",")]
     of = by_method(every, arguments.backbone)
     other = by_method(every, arguments.other_backbone or arguments.backbone)
     for method, found in ((arguments.method, of), (arguments.other, other)):
@@ -72,10 +74,12 @@ def is_backbone(asked: str, name: str) -> bool:
 def tell(what: str, mine: list, theirs: list) -> None:
     found = paired(mine, theirs)
     low, high = found.interval
-    wins = sum(points > 0 for points in domain_means(common(mine, theirs)).values())
+    pairs = common(mine, theirs)
+    wins = sum(points > 0 for points in domain_means(pairs).values())
+    mean, other = (over_domains(side).mean for side in zip(*pairs, strict=True))
     print(
         f"{what}: {100 * found.mean:+.2f} points ({100 * low:+.1f} to {100 * high:+.1f}), "
-        f"higher on {wins} of {found.n_domains} domains"
+        f"{mean / other:.4f} of the other's mean, higher on {wins} of {found.n_domains} domains"
     )
 
 

@@ -354,9 +354,9 @@ def test_a_later_domain_may_have_the_plan_of_any_domain_over_the_basis() -> None
     found = compress(models, 0.9)
     plans = {name: model.domain.plan for name, model in found.items()}
     assert plans["first"] != plans["second"]
-    for name, plan in plans.items():
+    for plan in plans.values():
         later = attach(over, plan, ["x", "y"], basis=found.basis, input_size=SIZE)
-        assert later.domain.plan == plan == plans[name]
+        assert later.domain.plan == plan
         assert later.domain.basis is found.basis
 
 

@@ -58,10 +58,11 @@ def run_compressed(cells: list[Cell], ledger: Ledger, work: Path) -> list[dict[s
         if keys[cell.domain] not in known:
             name = cell.domain
             record = _tuned(cell, made[name], settings[name], tunings[name], seconds)
-            record |= {"untuned_val_accuracy": untuned[name], "shared_numbers": shared}
-            record["key"] = keys[cell.domain]
+            record |= {
+                "key": keys[name], "shared_numbers": shared, "untuned_val_accuracy": untuned[name],
+            }  # fmt: skip
             ledger.append(record)
-            known[keys[cell.domain]] = record
+            known[keys[name]] = record
         records.append(known[keys[cell.domain]])
     return records
 

@@ -357,6 +357,9 @@ def _basis_tuned(
     found: Compressed, parts: Mapping[str, Parts], request: Request, screen: Screen
 ) -> Compressed:
     """The domains over their basis as it is or trained by all of them, whichever is better."""
+    if not found.basis.factors:
+        screen.say("  there is no basis to tune: every layer stays as it was")
+        return found
     with screen.bar("tuning the basis") as show:
         models = tune_basis(
             found.models,
@@ -366,7 +369,8 @@ def _basis_tuned(
             progress=show,
         )
     basis = domain_of(next(iter(models.values()))).basis
-    if basis is None or basis == found.basis:  # or nothing was worth sharing
+    assert basis is not None  # there was one to tune
+    if basis == found.basis:
         screen.say("  the basis stays as it was: tuning it did not help on validation images")
         return found
     return replace(found, models=models, basis=basis)
