@@ -424,7 +424,7 @@ def test_a_compression_is_of_the_cells_own_networks(make_study, monkeypatch):
     again = []
     real = cells_module.train_again
     monkeypatch.setattr(
-        "onetrunk.benchmark.compressed.train_again", lambda *a: again.append(a[0]) or real(*a)
+        "onetrunk.benchmark.study.train_again", lambda *a: again.append(a[0]) or real(*a)
     )
     (bank,) = (path for path in (study.work / "banks").iterdir() if path.is_dir())
     opened = Bank.open(bank)
@@ -433,8 +433,33 @@ def test_a_compression_is_of_the_cells_own_networks(make_study, monkeypatch):
     for file in study.work.glob("*.jsonl"):
         kept = [line for line in file.read_text().splitlines() if "compress" not in line]
         file.write_text("\n".join(kept) + "\n")
-    assert not run(study).failures
+    shown = []
+    assert not run(study, progress=lambda *bar: shown.append(bar)).failures
     assert [cell.domain for cell in again] == ["stripes"]
+    words = [words.partition(" ")[2] for _, _, words in shown[2:4]]
+    assert words == ["parallel stripes, once more", f"{study.methods[1]} on 2 domains"]
+    assert [done for done, *_ in shown] == [1, 2, 3, 4, 5, 6]
+    assert shown[-1][:2] == (6, 6)
+
+
+def test_a_compression_that_was_stopped_goes_on_where_it_was(make_study, monkeypatch):
+    study = make_study("parallel", "compress(of='parallel', keep=0.5)")
+    tuned = compressed._tuned
+
+    def stopped(cell, *rest):
+        if cell.domain == "stripes":
+            raise KeyboardInterrupt
+        return tuned(cell, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compressed, "_tuned", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(study)
+    assert len(known(study)) == 3
+    monkeypatch.setattr(compressed, "compress", None)  # nothing is factored again
+    assert not run(study).failures
+    assert len(known(study)) == 4
+    assert not list((study.work / "banks").glob("factored-*/"))  # of use until then
 
 
 def test_a_creation_of_the_studys_bank_that_was_killed_is_in_nobodys_way(make_study):

@@ -115,7 +115,7 @@ def run_cell(cell: Cell, ledger: Ledger, work: Path) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 1),
     }
     if adapts(cell.method):  # a compression may be of it
-        store(bank_path(work, cell), setting.backbone, cell.domain, model, record)
+        _keep(cell, setting, model, record, work)
     ledger.append(record)
     return record
 
@@ -126,8 +126,14 @@ def train_again(cell: Cell, ledger: Ledger, work: Path) -> None:
     method = read_method(cell.method)
     assert not isinstance(method, Compressed)
     model, _ = _tuned(cell, method, setting, ledger, work)
-    record = ledger.read()[cell.key]
-    store(bank_path(work, cell), setting.backbone, cell.domain, model, record)
+    _keep(cell, setting, model, ledger.read()[cell.key], work)
+
+
+def _keep(
+    cell: Cell, setting: Setting, model: nn.Module, record: dict[str, Any], work: Path
+) -> None:
+    metrics, provenance = {"test_accuracy": record["test_accuracy"]}, {"cell": cell.key}
+    store(bank_path(work, cell), setting.backbone, cell.domain, model, metrics, provenance)
 
 
 def figures(cell: Cell, model: nn.Module, setting: Setting) -> dict[str, Any]:
@@ -305,15 +311,19 @@ def bank_path(work: Path, cell: Cell) -> Path:
 
 
 def store(
-    path: Path, backbone: nn.Module, name: str, model: nn.Module, record: dict[str, Any]
+    path: Path,
+    backbone: nn.Module,
+    name: str,
+    model: nn.Module,
+    metrics: dict[str, float],
+    provenance: dict[str, Any],
 ) -> None:
     """Adds a trained domain to its bank, which is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         bank = Bank.open_or_create(path, backbone)
         put = bank.replace if bank_name(name) in bank.domains else bank.add
-        metrics = {"test_accuracy": record["test_accuracy"]}
-        put(bank_name(name), model, metrics=metrics, provenance={"cell": record["key"]})
+        put(bank_name(name), model, metrics=metrics, provenance=provenance)
 
 
 def bank_name(domain: str) -> str:

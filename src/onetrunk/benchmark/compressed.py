@@ -1,13 +1,15 @@
 """Cells of compressed methods: all trained domains of one method, factored together and tuned.
 
-The basis is made of every domain at once, so a study's domains are one piece of work. Of each
-domain's network as compressed and after tuning at each of `RATES`, validation images choose. With
+Three kinds of work, each kept when it is done, so that they run on several processes and go on
+where they were: domains whose networks are not at hand are trained again, all are factored over
+their basis, which may be tuned, into a bank, and each domain is tuned by itself. Of each domain's
+network as compressed and after tuning at each of `RATES`, validation images choose. With
 `tune="all"` the same choice is made for the basis before that, by the mean over its domains.
 """
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ..training.evaluate import evaluate
 from ..training.fit import fit
 from ..training.jointly import RATES, tune_basis
 from ..training.recipe import Recipe
-from .cells import Cell, bank_name, bank_path, figures, setting_of, train_again
+from .cells import Cell, bank_name, bank_path, figures, setting_of, store
 from .ledger import Ledger, digest_of
 from .methods import Compressed, read_method
 from .protocol import Tuning
@@ -30,93 +32,129 @@ from .setting import Setting
 
 N_IMAGES = 128  # a domain, for the covariances of its activations
 
+Group = Sequence[Cell]  # one compressed method over all its domains
 
-def run_compressed(cells: list[Cell], ledger: Ledger, work: Path) -> list[dict[str, Any]]:
-    """The records of one compressed method over the domains of `cells`.
+
+def to_train_again(group: Group, ledger: Ledger, work: Path) -> list[Cell]:
+    """The finished trainings of a group whose networks were not kept."""
+    known, sources = ledger.read(), [source_of(cell) for cell in group]
+    return [one for one in sources if one.key in known and not _holds(bank_path(work, one), one)]
+
+
+def unfinished(group: Group, ledger: Ledger) -> list[Cell]:
+    """The cells of a group that have no record yet."""
+    known = ledger.read()
+    return [cell for cell in group if compressed_key(cell, group) not in known]
+
+
+def factor(group: Group, ledger: Ledger, work: Path) -> None:
+    """Puts the networks of a group over their basis, tuned where the method says so, into a bank.
 
     Raises:
         DataError: where a domain was not trained yet with the method that is compressed.
     """
-    keys = {cell.domain: compressed_key(cell, cells) for cell in cells}
-    known = ledger.read()
-    if all(key in known for key in keys.values()):
-        return [known[keys[cell.domain]] for cell in cells]
+    if is_factored(group, work):
+        return
     started = time.monotonic()
-    method = read_method(cells[0].method)
-    assert isinstance(method, Compressed)
-    settings = {cell.domain: setting_of(cell) for cell in cells}
-    tunings, models = _trained(cells, ledger, work, settings[cells[0].domain].backbone)
-    made, shared = _compressed(models, method, settings)
+    method = _method(group[0])
+    models = _trained(group, ledger, work)
+    settings = {cell.domain: setting_of(cell) for cell in group}
+    made = _compressed(models, method, settings)
     untuned = {name: evaluate(made[name], settings[name].val).accuracy for name in made}
     if method.tune == "all":
-        groups = [[cell] for cell in cells] if method.alone else [cells]
-        for group in groups:
-            made |= _basis_tuned(group, made, settings, tunings)
-    seconds = (time.monotonic() - started) / len(cells)
-    records = []
-    for cell in cells:
-        if keys[cell.domain] not in known:
-            name = cell.domain
-            record = _tuned(cell, made[name], settings[name], tunings[name], seconds)
-            record |= {
-                "key": keys[name], "shared_numbers": shared, "untuned_val_accuracy": untuned[name],
-            }  # fmt: skip
-            ledger.append(record)
-            known[keys[name]] = record
-        records.append(known[keys[cell.domain]])
-    return records
+        tunings = {cell.domain: _tuning(source_of(cell), ledger) for cell in group}
+        for sharing in [[cell] for cell in group] if method.alone else [group]:
+            made |= _basis_tuned(sharing, made, settings, tunings)
+    seconds = (time.monotonic() - started) / len(group)
+    for cell in group:
+        provenance = {
+            "cell": compressed_key(cell, group),
+            "untuned_val_accuracy": untuned[cell.domain],
+            "seconds": seconds,
+        }
+        backbone = settings[cell.domain].backbone
+        store(factored_path(group, work), backbone, cell.domain, made[cell.domain], {}, provenance)
 
 
-def compressed_key(cell: Cell, cells: list[Cell]) -> str:
+def is_factored(group: Group, work: Path) -> bool:
+    """Whether the networks of all of a group's domains over their basis are kept."""
+    path = factored_path(group, work)
+    return all(_holds(path, cell, compressed_key(cell, group)) for cell in group)
+
+
+def run_compressed(cell: Cell, group: Group, ledger: Ledger, work: Path) -> dict[str, Any]:
+    """The record of one domain of a group that was factored: from the ledger, else its tuning."""
+    key = compressed_key(cell, group)
+    if (known := ledger.read().get(key)) is not None:
+        return known
+    setting = setting_of(cell)
+    bank = Bank.open(factored_path(group, work), setting.backbone)
+    model = bank.load(bank_name(cell.domain))
+    factored = bank.domains[bank_name(cell.domain)].provenance
+    basis = None if _method(cell).alone else domain_of(model).basis
+    record = {
+        **_tuned(cell, model, setting, _tuning(source_of(cell), ledger), factored["seconds"]),
+        "key": key,
+        "shared_numbers": 0 if basis is None else basis.numbers,
+        "untuned_val_accuracy": factored["untuned_val_accuracy"],
+    }
+    ledger.append(record)
+    return record
+
+
+def compressed_key(cell: Cell, group: Group) -> str:
     """The digest under which a compressed cell's record is kept: all its domains matter."""
-    return digest_of({**cell.configuration(), "with": sorted(c.domain for c in cells)})
+    return digest_of({**cell.configuration(), "with": sorted(c.domain for c in group)})
+
+
+def factored_path(group: Group, work: Path) -> Path:
+    """The bank of a group's networks between their factoring and their tuning."""
+    keys = digest_of({"cells": sorted(compressed_key(cell, group) for cell in group)})
+    return bank_path(work, group[0]).with_name(f"factored-{keys}")
 
 
 def source_of(cell: Cell) -> Cell:
     """The cell whose network is compressed in this one."""
+    return dataclasses.replace(cell, method=_method(cell).of)
+
+
+def _method(cell: Cell) -> Compressed:
     method = read_method(cell.method)
     assert isinstance(method, Compressed)
-    return dataclasses.replace(cell, method=method.of)
+    return method
 
 
-def _trained(
-    cells: list[Cell], ledger: Ledger, work: Path, backbone: nn.Module
-) -> tuple[dict[str, Tuning], dict[str, nn.Module]]:
-    """How the domains were trained, and their networks: trained again where only the record was
-    kept.
-    """
-    sources = [source_of(cell) for cell in cells]
-    known, path = ledger.read(), bank_path(work, sources[0])
+def _trained(group: Group, ledger: Ledger, work: Path) -> dict[str, nn.Module]:
+    """The networks that are factored."""
+    sources, known = [source_of(cell) for cell in group], ledger.read()
     for source in sources:
         if source.key not in known:
             raise DataError(
-                f"{cells[0].method} needs domains trained with {source.method}, and the training "
+                f"{group[0].method} needs domains trained with {source.method}, and the training "
                 f"of {source.domain!r} failed."
             )
-        if not _holds(path, source):
-            train_again(source, ledger, work)
-    bank = Bank.open(path, backbone)
-    tunings = {}
-    for source in sources:
-        record = known[source.key]
-        tunings[source.domain] = Tuning(
-            record["factor"], record["decay"], record["norm_statistics"]
-        )
-    return tunings, {cell.domain: bank.load(bank_name(cell.domain)) for cell in cells}
+    bank = Bank.open(bank_path(work, sources[0]), setting_of(sources[0]).backbone)
+    return {source.domain: bank.load(bank_name(source.domain)) for source in sources}
 
 
-def _holds(path: Path, source: Cell) -> bool:
+def _tuning(source: Cell, ledger: Ledger) -> Tuning:
+    """How a finished cell was trained."""
+    record = ledger.read()[source.key]
+    return Tuning(record["factor"], record["decay"], record["norm_statistics"])
+
+
+def _holds(path: Path, cell: Cell, key: str = "") -> bool:
     """Whether the bank has this very cell's network: other images may have had that name."""
     if not is_bank(path):
         return False
-    card = Bank.open(path).domains.get(bank_name(source.domain))
-    return card is not None and card.provenance.get("cell") == source.key
+    card = Bank.open(path).domains.get(bank_name(cell.domain))
+    return card is not None and card.provenance.get("cell") == (key or cell.key)
 
 
 def _compressed(
     models: Mapping[str, nn.Module], method: Compressed, settings: Mapping[str, Setting]
-) -> tuple[dict[str, nn.Module], int]:
-    """The compressed networks, and the numbers of their one basis; each has its own if alone."""
+) -> dict[str, nn.Module]:
+    """The compressed networks over their one basis; each has its own if alone."""
     weights = None
     if method.weighted:
         images = {name: settings[name].train.few_views(N_IMAGES) for name in models}
@@ -125,12 +163,11 @@ def _compressed(
     made: dict[str, nn.Module] = {}
     for group in groups:
         made |= dict(compress(group, keep=method.keep, share=method.share, covariances=weights))
-    basis = None if method.alone else domain_of(next(iter(made.values()))).basis
-    return made, 0 if basis is None else basis.numbers
+    return made
 
 
 def _basis_tuned(
-    cells: list[Cell],
+    cells: Group,
     models: Mapping[str, nn.Module],
     settings: Mapping[str, Setting],
     tunings: Mapping[str, Tuning],
@@ -166,7 +203,7 @@ def _tuned(
         trials.append({"lr": recipe.lr, "decay": recipe.decay_adapter, "val_accuracy": accuracy})
         if accuracy > best_accuracy:
             best, best_accuracy, chosen = candidate, accuracy, recipe.lr
-    own = own_basis_numbers(best) if read_method(cell.method).alone else 0  # type: ignore[union-attr]
+    own = own_basis_numbers(best) if _method(cell).alone else 0
     record = figures(cell, best, setting)
     return {
         **record,

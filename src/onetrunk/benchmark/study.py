@@ -6,17 +6,28 @@ two threads. What fails is told at the end with its reason; what was finished st
 
 import multiprocessing
 import os
+import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, OnetrunkError
-from .cells import Cell, Trunk, run_cell
-from .compressed import compressed_key, run_compressed, source_of
+from .cells import Cell, Trunk, run_cell, train_again
+from .compressed import (
+    compressed_key,
+    factor,
+    factored_path,
+    is_factored,
+    run_compressed,
+    source_of,
+    to_train_again,
+    unfinished,
+)
 from .ledger import Ledger
 from .methods import Compressed, read_method
 from .protocol import Protocol
@@ -125,21 +136,76 @@ def run(study: Study, workers: int = 1, progress: Progress | None = None) -> Out
     for method in study.methods:
         read_method(method)
     outcome, ledger = Outcome(), Ledger(study.work)
-    cells, compressions = study.cells(), study.compressions()
     _refuse_lone_compressions(study, ledger)
-    of_seeds = {seed: [[cell] for cell in cells if cell.seed == seed] for seed in study.seeds}
-    total = len(cells) + sum(len(cells) for cells in compressions)
+    total = len(study.places())
     done = 0
-    # seed by seed: what the trials of the first one chose is there when the others ask for it
-    stages = [*((_one, jobs) for jobs in of_seeds.values()), (run_compressed, compressions)]
-    for work, jobs in stages:
-        for records, failure, note in _results(work, jobs, ledger, study.work, workers):
-            done += max(1, len(records))
-            outcome.records += records
-            outcome.failures += [failure] if failure else []
+    for jobs in _stages(study, ledger, outcome):
+        total += sum(not job.is_cell for job in jobs)
+        for job, record, failure in _results(jobs, ledger, study.work, workers):
+            done += 1
+            if failure:
+                outcome.failures.append(failure)
+            elif record is not None:
+                outcome.records.append(record)
+            note = job.what if record is None else f"{job.what}: {record['test_accuracy']:.3f}"
             if progress is not None:
-                progress(min(done, total), total, note)
+                progress(done, total, note)
     return outcome
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of a study's work: `do` is called with the ledger and the folder.
+
+    Args:
+        cell: what it is for; the first of them where it is for several.
+        what: in words.
+        is_cell: whether its result is the cell's record.
+    """
+
+    cell: Cell
+    do: Callable[[Ledger, Path], dict[str, Any] | None]
+    what: str
+    is_cell: bool = True
+
+
+def _stages(study: Study, ledger: Ledger, outcome: Outcome) -> Iterator[list[Job]]:
+    """Jobs that may run at once; each stage is asked for when the one before it is done."""
+    cells = study.cells()
+    for seed in study.seeds:  # what the trials of the first one chose is there for the others
+        yield [
+            Job(cell, partial(run_cell, cell), _words(cell)) for cell in cells if cell.seed == seed
+        ]
+    open_ones = [group for group in study.compressions() if unfinished(group, ledger)]
+    again = {
+        cell.key: cell for group in open_ones for cell in to_train_again(group, ledger, study.work)
+    }
+    yield [
+        Job(cell, partial(train_again, cell), f"{_words(cell)}, once more", is_cell=False)
+        for cell in again.values()
+    ]
+    yield [
+        Job(
+            group[0],
+            partial(factor, group),
+            f"{group[0].trunk} {group[0].method} on {len(group)} domains",
+            is_cell=False,
+        )
+        for group in open_ones
+    ]
+    yield [
+        Job(cell, partial(run_compressed, cell, group), _words(cell))
+        for group in study.compressions()
+        if group not in open_ones or is_factored(group, study.work)
+        for cell in group
+    ]
+    for group in open_ones:
+        if not unfinished(group, ledger):
+            shutil.rmtree(factored_path(group, study.work), ignore_errors=True)
+
+
+def _words(cell: Cell) -> str:
+    return f"{cell.trunk} {cell.method} {cell.domain}"
 
 
 def _refuse_lone_compressions(study: Study, ledger: Ledger) -> None:
@@ -171,45 +237,32 @@ def _of(cell: Cell, record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "study": cell.study, "backbone": str(cell.trunk)}
 
 
-def _one(cells: list[Cell], ledger: Ledger, work: Path) -> list[dict[str, Any]]:
-    return [run_cell(cell, ledger, work) for cell in cells]
-
-
 def _results(
-    work: Callable[..., list[dict[str, Any]]],
-    jobs: list[list[Cell]],
-    ledger: Ledger,
-    folder: Path,
-    workers: int,
-) -> Iterable[tuple[list[dict[str, Any]], str, str]]:
-    """(records, failure, a few words) of each job as it ends."""
+    jobs: list[Job], ledger: Ledger, folder: Path, workers: int
+) -> Iterator[tuple[Job, dict[str, Any] | None, str]]:
+    """(job, its record, why it failed) as each ends."""
     if workers <= 1:
-        for cells in jobs:
-            yield _attempt(work, cells, ledger, folder)
+        for job in jobs:
+            yield job, *_attempt(job, ledger, folder)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = [pool.submit(_attempt, work, cells, ledger, folder) for cells in jobs]
+        futures = {pool.submit(_attempt, job, ledger, folder): job for job in jobs}
         try:
             for future in as_completed(futures):
-                yield future.result()
+                yield futures[future], *future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _attempt(
-    work: Callable[..., list[dict[str, Any]]], cells: list[Cell], ledger: Ledger, folder: Path
-) -> tuple[list[dict[str, Any]], str, str]:
-    what = f"{cells[0].trunk} {cells[0].method}"
-    what += f" {cells[0].domain}" if len(cells) == 1 else f" on {len(cells)} domains"
+def _attempt(job: Job, ledger: Ledger, folder: Path) -> tuple[dict[str, Any] | None, str]:
     try:
-        records = [_of(cells[0], record) for record in work(cells, ledger, folder)]
+        record = job.do(ledger, folder)
     except OnetrunkError as error:
-        return [], f"{what}: {error}", what
+        return None, f"{job.what}: {error}"
     except Exception as error:  # a rival's, or out of memory: the other cells go on
-        return [], f"{what}: {type(error).__name__}: {error}"[:MAX_WORDS], what
-    accuracy = sum(record["test_accuracy"] for record in records) / len(records)
-    return records, "", f"{what}: {accuracy:.3f}"
+        return None, f"{job.what}: {type(error).__name__}: {error}"[:MAX_WORDS]
+    return (None if record is None else _of(job.cell, record)), ""
 
 
 def _start_worker() -> None:
