@@ -9,6 +9,8 @@ import onetrunk as ot
 import onetrunk.cli.compressing as compressing
 from onetrunk.bank.bank import Bank
 from onetrunk.core.compress import with_frozen_basis, with_trainable_basis
+from onetrunk.errors import DivergedError
+from onetrunk.files import DISK
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +272,87 @@ def test_what_cannot_be_written_is_known_before_the_work(run, stored, tmp_path):
     out = tmp_path / "file" / "b.bank"
     refused = run("compress", stored, "--keep", 0.5, "--out", out)
     assert refused.status == 1 and "cannot write beside" in refused.err
+
+
+@pytest.fixture
+def halved(run, stored, photos, tmp_path):
+    """`compress` with two domains tuned, as a call with more words."""
+
+    def call(out, *words):
+        return run(
+            "compress", stored, "--keep", 0.5, "--out", tmp_path / out, "--epochs", 2,
+            "--no-picture", "--json", f"--tune=stripes={photos}", f"--tune=signs={photos}", *words,
+        )  # fmt: skip
+
+    return call
+
+
+def test_a_stop_while_domains_are_tuned_goes_on_with_resume(halved, stored, tmp_path, monkeypatch):
+    whole = halved("whole.bank")
+    assert whole.status == 0, whole.err
+    trainings = []
+
+    def stopping(model, *args, **options):
+        trainings.append(options["checkpoint"].name)
+        steps = ot.fit(model, *args, **options)
+        for step in steps:
+            yield step
+            if len(trainings) == 2 and step.step == 2:
+                steps.close()
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(compressing, "fit", stopping)
+    stopped = halved("b.bank", "--resume")
+    assert "A training goes on with --resume." in stopped.err
+    unfinished = tmp_path / "b.bank.unfinished"
+    assert (unfinished / "unfinished" / "stripes.safetensors").exists()
+    assert not (tmp_path / "b.bank").exists()
+    refused = halved("b.bank")
+    assert f"{unfinished} is a compression that was stopped. Go on with --resume" in refused.err
+    refused = halved("b.bank", "--resume", "--share", "both")
+    assert "is another compression (- its, + this one's): - share 'input'; + share" in refused.err
+    done = halved("b.bank", "--resume")
+    assert done.status == 0, done.err
+    assert trainings == ["signs.safetensors", "stripes.safetensors", "stripes.safetensors"]
+    assert json.loads(done.out)["domains"] == json.loads(whole.out)["domains"]
+    assert files(tmp_path / "b.bank").keys() == files(tmp_path / "whole.bank").keys()
+    assert not unfinished.exists()
+
+
+def test_resuming_nothing_starts_from_the_beginning(run, stored, tmp_path):
+    done = run("compress", stored, "--keep", 0.5, "--out", tmp_path / "b.bank", "--resume")
+    assert "nothing to resume: starting from the beginning" in done.out
+    assert [path.name for path in tmp_path.iterdir()] == ["b.bank"]
+
+
+def test_a_training_that_diverges_is_not_gone_on_with(halved, tmp_path, monkeypatch):
+    def diverging(model, *_, checkpoint, **__):
+        checkpoint.write_bytes(b"")
+        raise DivergedError("the loss is not finite")
+        yield
+
+    monkeypatch.setattr(compressing, "fit", diverging)
+    assert "the loss is not finite" in halved("b.bank").err
+    kept = tmp_path / "b.bank.unfinished" / "unfinished"
+    assert not list(kept.glob("*.safetensors"))
+
+
+def test_a_folder_of_the_users_is_not_gone_on_from(halved, tmp_path):
+    (tmp_path / "b.bank.unfinished").mkdir()
+    refused = halved("b.bank", "--resume")
+    assert "is there already, and no compression that was stopped" in refused.err
+
+
+def test_two_processes_do_not_tune_one_bank(halved, tmp_path, monkeypatch):
+    def stopping(*_, **__):
+        raise KeyboardInterrupt
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compressing, "fit", stopping)
+        halved("b.bank")
+    lock = tmp_path / "b.bank.unfinished" / "unfinished" / "compress.lock"
+    with DISK.lock(lock, 0.0):
+        refused = halved("b.bank", "--resume")
+    assert "is being tuned by another process. Wait for it." in refused.err
+    assert halved("b.bank", "--resume").status == 0

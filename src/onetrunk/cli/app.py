@@ -600,6 +600,7 @@ def compress(
     picture: Annotated[
         bool, typer.Option("--picture/--no-picture", help="Draw accuracy against size.")
     ] = True,
+    resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """Factor all domains' adapters over one shared basis, into a new bank.
@@ -623,6 +624,7 @@ def compress(
         tune_basis=tune_basis,
         epochs=epochs,
         picture=picture,
+        resume=resume,
     )
     run(request, Screen(as_json))
 
@@ -779,7 +781,7 @@ def main() -> None:
     except typer.Abort:
         _fail("nothing was changed.")
     except KeyboardInterrupt:
-        may_resume = sys.argv[1:2] in (["train"], ["allocate"], ["pretrain"])
+        may_resume = sys.argv[1:2] in (["train"], ["allocate"], ["pretrain"], ["compress"])
         resumes = " A training goes on with --resume." if may_resume else ""
         _fail(f"stopped; nothing half-written is left.{resumes}")
     except OSError as error:

@@ -1,15 +1,13 @@
 """compress: a bank's domains over one basis, into a new bank; accuracy before and after.
 
-The new bank is built beside its place and gets its name when it is whole, so that a stop leaves
-nothing. Domains that have nothing to factor go over as they are.
+The new bank is built beside its place and gets its name when it is whole: a stop leaves nothing, or
+where domains are tuned what --resume goes on from. Domains that have nothing to factor go over as
+they are.
 """
 
 import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..bank.bank import Bank
+from ..bank.folder import UNFINISHED
 from ..core.activations import Covariances, activation_covariances
 from ..core.adapters.shared import Share
 from ..core.allocate import BYTES, budget_parts, parse_budget
@@ -24,8 +23,8 @@ from ..core.attach import domain_of
 from ..core.compress import Compressed, compress, compress_within, factorable, sweep
 from ..data import Images, Prepared, Splits
 from ..data.source_folder import images_below
-from ..errors import BankError, CompressError, DataError
-from ..files import DISK, check_writable, reason
+from ..errors import BankError, CompressError, DataError, DivergedError
+from ..files import check_writable, reason
 from ..pictures import draw_accuracy_against_size, need_matplotlib
 from ..training.evaluate import evaluate
 from ..training.examples import preprocessing_of
@@ -33,11 +32,13 @@ from ..training.fit import fit
 from ..training.jointly import tune_basis
 from ..training.recipe import Recipe
 from .console import Screen, counted, followed, percent, size
+from .newbank import beside, finished, refuse_another, unfinished_path
 from .training import load_as_trained
 
 LITTLE = 0.9  # of the share that was asked for
 KEEPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)  # budgets of the picture
 COPIED = "copied: "
+BASIS_TUNED, TUNED_EPOCHS = "basis_tuned", "tuned_epochs"  # in a domain's provenance
 N_SEEN = 128  # images of a domain, without their labels, that activations are taken from
 
 
@@ -58,6 +59,15 @@ class Request:
     tune_basis: bool = False
     epochs: int = 8
     picture: bool = True
+    resume: bool = False
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What a run that goes on must agree on, as JSON values."""
+        other = ("bank", "out", "picture", "resume")
+        words = {key: value for key, value in vars(self).items() if key not in other}
+        digests = {name: card.digest for name, card in self.bank.domains.items()}
+        return {**words, "tune": sorted(self.tune), "domains": digests}
 
     @property
     def file(self) -> Path:
@@ -94,6 +104,9 @@ def run(request: Request, screen: Screen) -> None:
         OnetrunkError: of the room that refuses; nothing is at `request.out` then.
     """
     _refuse_contradictions(request)
+    goes_on = refuse_another(request.out, request.asked, request.resume)
+    if request.resume and not goes_on:
+        screen.say("nothing to resume: starting from the beginning")
     models, figures = _chosen(request.bank)
     _refuse_unknown(request, models)
     if request.picture and request.data:
@@ -109,21 +122,17 @@ def run(request: Request, screen: Screen) -> None:
     for name, data in parts.items():
         figures[name].before = _accuracy(models[name], data.judged, f"{name} before", screen)
         figures[name].compressed = _accuracy(found[name], data.judged, f"{name} after", screen)
-    factored = found.basis
-    if request.tune_basis:
-        found = _basis_tuned(found, parts, request, screen)
-    basis_tuned = found.basis != factored
-    for name in sorted(request.tune):
-        _tune(name, found[name], parts[name], request, screen)
-        figures[name].tuned = _accuracy(found[name], parts[name].judged, f"{name} tuned", screen)
     curve = _curve(models, parts, seen, request, screen) if request.picture else []
-    with _beside(request.out) as folder:
-        new = Bank.create(folder, request.bank.backbone, by_reference=request.bank.by_reference)
-        for name in request.bank.domains:
-            _add(new, name, found, parts, figures[name], request, basis_tuned)
-            figures[name].bytes_before = request.bank.domains[name].size
-            figures[name].bytes_after = new.domains[name].size
-        basis_bytes = new.basis_bytes
+    if not goes_on:
+        _write(found, parts, figures, request, screen)
+    if request.tune:
+        found = _tuned(found, parts, figures, request, screen)
+    new = Bank.open(request.out, request.bank.backbone)
+    for name, known in figures.items():
+        known.bytes_before = request.bank.domains[name].size
+        known.bytes_after = new.domains[name].size
+    basis_bytes = new.basis_bytes
+    basis_tuned = any(card.provenance.get(BASIS_TUNED) for card in new.domains.values())
     _show(found, figures, basis_bytes, request, screen)
     if curve:
         stored = found.kept, _on_validation(found, parts, "stored", screen)
@@ -138,7 +147,7 @@ def run(request: Request, screen: Screen) -> None:
             "numbers_after": found.numbers_after,
             "kept": found.kept,
             "basis_bytes": basis_bytes,
-            "basis_tuned": basis_tuned,
+            BASIS_TUNED: basis_tuned,
             "picture": str(request.file) if curve else None,
             "left_out": dict(found.left_out),
             "domains": {name: vars(known) for name, known in figures.items()},
@@ -376,12 +385,63 @@ def _basis_tuned(
     return replace(found, models=models, basis=basis)
 
 
+def _write(
+    found: Compressed,
+    parts: Mapping[str, Parts],
+    figures: Mapping[str, Figures],
+    request: Request,
+    screen: Screen,
+) -> None:
+    """Makes the new bank, whose domains may still have to be tuned."""
+    tuned = _basis_tuned(found, parts, request, screen) if request.tune_basis else found
+    basis_tuned = tuned.basis != found.basis
+    with beside(request.out, request.asked if request.tune else None) as folder:
+        new = Bank.create(folder, request.bank.backbone, by_reference=request.bank.by_reference)
+        for name in request.bank.domains:
+            _add(new, name, tuned, parts, figures[name], request, basis_tuned)
+
+
+def _tuned(
+    found: Compressed,
+    parts: Mapping[str, Parts],
+    figures: Mapping[str, Figures],
+    request: Request,
+    screen: Screen,
+) -> Compressed:
+    """Tunes the domains of the unfinished bank that are not yet, which gets its name then."""
+    with finished(request.out) as folder:
+        bank = Bank.open(folder, request.bank.backbone)
+        models = {name: bank.load(name) for name in found}
+        basis = domain_of(next(iter(models.values()))).basis
+        found = replace(found, models=models, basis=basis or found.basis)
+        for name in sorted(request.tune):
+            provenance = bank.domains[name].provenance
+            if not (done := provenance[TUNED_EPOCHS]):
+                _tune(name, models[name], parts[name], request, screen)
+            judged = parts[name].judged
+            figures[name].tuned = _accuracy(models[name], judged, f"{name} tuned", screen)
+            if not done:
+                _add(bank, name, found, parts, figures[name], request, provenance[BASIS_TUNED])
+                _checkpoint(name, request).unlink(missing_ok=True)
+    return found
+
+
 def _tune(name: str, model: nn.Module, data: Parts, request: Request, screen: Screen) -> None:
     """Trains the domain's own factors, norms and head in place; its basis stays."""
+    checkpoint, recipe = _checkpoint(name, request), Recipe(epochs=request.epochs)
     with screen.bar(f"tuning {name}") as show:
-        steps = fit(model, data.train, Recipe(epochs=request.epochs), val=data.val)
-        for _ in followed(steps, show):
-            pass
+        try:
+            for _ in followed(
+                fit(model, data.train, recipe, val=data.val, checkpoint=checkpoint), show
+            ):
+                pass
+        except DivergedError:  # it would diverge again: the next run starts anew
+            checkpoint.unlink(missing_ok=True)
+            raise
+
+
+def _checkpoint(name: str, request: Request) -> Path:
+    return unfinished_path(request.out) / UNFINISHED / f"{name}.safetensors"
 
 
 def _curve(
@@ -411,23 +471,6 @@ def _on_validation(
     return sum(found) / len(found)
 
 
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A folder that gets the name `out` when it is filled, and is gone if it never is."""
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".onetrunk-", dir=out.parent))
-    except OSError as error:
-        raise BankError(f"cannot write beside {out}: {reason(error)}") from error
-    try:
-        yield folder / "bank"
-        os.rename(folder / "bank", out)  # fails where somebody was faster
-        DISK.sync_folder(out.parent)
-    except OSError as error:
-        raise BankError(f"cannot write {out}: {reason(error)}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _add(
     new: Bank,
     name: str,
@@ -447,11 +490,12 @@ def _add(
     history = {
         "compressed_from": {"family": old.family, "metrics": dict(old.metrics)},
         "compressed_with": {"domains": list(found), "kept": found.kept, "share": request.share},
-        "tuned_epochs": request.epochs if name in request.tune else 0,
-        "basis_tuned": basis_tuned,
+        TUNED_EPOCHS: 0 if figures.tuned is None else request.epochs,
+        BASIS_TUNED: basis_tuned,
     }
     model = found[name].to(next(request.bank.backbone.parameters()).device)
-    new.add(name, model, metrics=metrics, provenance={**old.provenance, **history})
+    put = new.replace if name in new.domains else new.add
+    put(name, model, metrics=metrics, provenance={**old.provenance, **history})
 
 
 def _show(

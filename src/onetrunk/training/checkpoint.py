@@ -110,13 +110,13 @@ def read_checkpoint(
             "Give another file name for the checkpoint."
         )
     saved = _checkpoint(path, tensors, card)
-    if different := _differences(saved.identity, identity):
+    if different := differences(saved.identity, identity):
         raise TrainingError(
             f"{path} is the checkpoint of another training (- its, + this one's):\n"
             + "\n".join(different)
             + "\nTrain with what it has, or remove it to start over."
         )
-    if different := _differences(saved.computed_with, computed_with):
+    if different := differences(saved.computed_with, computed_with):
         warnings.warn(
             f"{path} was computed with something else (- then, + here), so the training goes on, "
             "but not bit for bit:\n" + "\n".join(different),
@@ -154,7 +154,7 @@ def _checkpoint(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, An
         ) from None
 
 
-def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+def differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Two lines for every key in which they differ; a tuple is what JSON makes of it, a list."""
     ours = json.loads(json.dumps(ours))
     lines = []
