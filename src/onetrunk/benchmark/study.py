@@ -139,7 +139,7 @@ def run(study: Study, workers: int = 1, progress: Progress | None = None) -> Out
     _refuse_lone_compressions(study, ledger)
     total = len(study.places())
     done = 0
-    for jobs in _stages(study, ledger, outcome):
+    for jobs in _stages(study, ledger):
         total += sum(not job.is_cell for job in jobs)
         for job, record, failure in _results(jobs, ledger, study.work, workers):
             done += 1
@@ -158,7 +158,7 @@ class Job:
     """One piece of a study's work: `do` is called with the ledger and the folder.
 
     Args:
-        cell: what it is for; the first of them where it is for several.
+        cell: which it is for; the first one where it is for several.
         what: in words.
         is_cell: whether its result is the cell's record.
     """
@@ -169,39 +169,34 @@ class Job:
     is_cell: bool = True
 
 
-def _stages(study: Study, ledger: Ledger, outcome: Outcome) -> Iterator[list[Job]]:
-    """Jobs that may run at once; each stage is asked for when the one before it is done."""
+def _stages(study: Study, ledger: Ledger) -> Iterator[list[Job]]:
+    """Jobs that may run at once; each list is asked for when the one before it is done."""
     cells = study.cells()
     for seed in study.seeds:  # what the trials of the first one chose is there for the others
         yield [
             Job(cell, partial(run_cell, cell), _words(cell)) for cell in cells if cell.seed == seed
         ]
-    open_ones = [group for group in study.compressions() if unfinished(group, ledger)]
-    again = {
-        cell.key: cell for group in open_ones for cell in to_train_again(group, ledger, study.work)
-    }
+    groups, work = study.compressions(), study.work
+    missing = [group for group in groups if unfinished(group, ledger)]
+    again = {cell.key: cell for group in missing for cell in to_train_again(group, ledger, work)}
     yield [
         Job(cell, partial(train_again, cell), f"{_words(cell)}, once more", is_cell=False)
         for cell in again.values()
     ]
     yield [
-        Job(
-            group[0],
-            partial(factor, group),
-            f"{group[0].trunk} {group[0].method} on {len(group)} domains",
-            is_cell=False,
-        )
-        for group in open_ones
+        Job(one, partial(factor, group), f"{one.trunk} {one.method} on {len(group)} domains", False)
+        for group in missing
+        for one in group[:1]
     ]
     yield [
         Job(cell, partial(run_compressed, cell, group), _words(cell))
-        for group in study.compressions()
-        if group not in open_ones or is_factored(group, study.work)
+        for group in groups
+        if group not in missing or is_factored(group, work)
         for cell in group
     ]
-    for group in open_ones:
+    for group in missing:
         if not unfinished(group, ledger):
-            shutil.rmtree(factored_path(group, study.work), ignore_errors=True)
+            shutil.rmtree(factored_path(group, work), ignore_errors=True)
 
 
 def _words(cell: Cell) -> str:
