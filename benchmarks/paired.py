@@ -42,9 +42,12 @@ def main() -> None:
     mine, theirs = of[arguments.method], other[arguments.other]
     tell("all seeds", mine, theirs)
     for seed in sorted({row.seed for row in mine}):
-        tell(f"seed {seed}", [row for row in mine if row.seed == seed], theirs)
-        for rows in (mine, theirs):
-            points = score([row for row in rows if row.seed == seed], of[REFERENCE])
+        pairs = common([row for row in mine if row.seed == seed], theirs)
+        if not pairs:
+            continue
+        tell(f"seed {seed}", *map(list, zip(*pairs, strict=True)))
+        for side in zip(*pairs, strict=True):
+            points = score(list(side), of[REFERENCE])
             if points is not None:
                 print(f"  S {points.total:.0f} of {points.reference:.0f}")
     print("learning rates of seed 0:", Counter(f"{r.lr:g}" for r in mine if not r.seed and r.lr))
