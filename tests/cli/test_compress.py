@@ -287,7 +287,7 @@ def halved(run, stored, photos, tmp_path):
     return call
 
 
-def test_a_stop_while_domains_are_tuned_goes_on_with_resume(halved, stored, tmp_path, monkeypatch):
+def test_a_stop_while_domains_are_tuned_goes_on_with_resume(halved, tmp_path, monkeypatch):
     whole = halved("whole.bank")
     assert whole.status == 0, whole.err
     trainings = []
@@ -302,21 +302,35 @@ def test_a_stop_while_domains_are_tuned_goes_on_with_resume(halved, stored, tmp_
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(compressing, "fit", stopping)
-    stopped = halved("b.bank", "--resume")
-    assert "A training goes on with --resume." in stopped.err
     unfinished = tmp_path / "b.bank.unfinished"
+    assert f"what was tuned is in {unfinished}: go on with --resume." in halved("b.bank").err
     assert (unfinished / "unfinished" / "stripes.safetensors").exists()
     assert not (tmp_path / "b.bank").exists()
     refused = halved("b.bank")
     assert f"{unfinished} is a compression that was stopped. Go on with --resume" in refused.err
     refused = halved("b.bank", "--resume", "--share", "both")
-    assert "is another compression (- its, + this one's): - share 'input'; + share" in refused.err
+    assert "is another compression (- its, + this one's): - --share 'input'; + --sh" in refused.err
+    monkeypatch.setattr(compressing, "_make", None)  # nothing is factored again
     done = halved("b.bank", "--resume")
     assert done.status == 0, done.err
     assert trainings == ["signs.safetensors", "stripes.safetensors", "stripes.safetensors"]
     assert json.loads(done.out)["domains"] == json.loads(whole.out)["domains"]
     assert files(tmp_path / "b.bank").keys() == files(tmp_path / "whole.bank").keys()
-    assert not unfinished.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"b.bank", "whole.bank"}
+    assert Bank.open(tmp_path / "b.bank").verify().remarks == ()
+
+
+def test_other_images_are_not_gone_on_with(halved, photos, tmp_path, monkeypatch):
+    def stopping(*_, **__):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(compressing, "fit", stopping)
+    assert halved("b.bank").status == 1
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "down" / "0.png").unlink()
+    refused = halved("b.bank", "--resume", f"--data=digits={tmp_path / 'photos'}")
+    assert "+ images of digits" in refused.err
 
 
 def test_resuming_nothing_starts_from_the_beginning(run, stored, tmp_path):
@@ -325,34 +339,64 @@ def test_resuming_nothing_starts_from_the_beginning(run, stored, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["b.bank"]
 
 
-def test_a_training_that_diverges_is_not_gone_on_with(halved, tmp_path, monkeypatch):
-    def diverging(model, *_, checkpoint, **__):
-        checkpoint.write_bytes(b"")
-        raise DivergedError("the loss is not finite")
-        yield
+def test_a_domain_whose_tuning_diverges_stays_as_it_was_compressed(halved, tmp_path, monkeypatch):
+    def diverging(model, *args, checkpoint, **options):
+        if checkpoint.stem == "signs":
+            checkpoint.write_bytes(b"")
+            raise DivergedError("the loss is not finite")
+        yield from ot.fit(model, *args, checkpoint=checkpoint, **options)
 
     monkeypatch.setattr(compressing, "fit", diverging)
-    assert "the loss is not finite" in halved("b.bank").err
-    kept = tmp_path / "b.bank.unfinished" / "unfinished"
-    assert not list(kept.glob("*.safetensors"))
+    done = halved("b.bank")
+    assert "signs stays as it was compressed: the loss is not finite" in done.err
+    known = json.loads(done.out)["domains"]
+    assert known["signs"]["tuned"] is None and known["signs"]["note"] == "its tuning diverged"
+    assert known["stripes"]["tuned"] is not None
+    cards = Bank.open(tmp_path / "b.bank").domains
+    assert [cards[name].provenance["tuned_epochs"] for name in ("signs", "stripes")] == [0, 2]
 
 
-def test_a_folder_of_the_users_is_not_gone_on_from(halved, tmp_path):
-    (tmp_path / "b.bank.unfinished").mkdir()
-    refused = halved("b.bank", "--resume")
-    assert "is there already, and no compression that was stopped" in refused.err
+def test_what_is_no_stopped_compression_is_not_gone_on_from(halved, tmp_path):
+    state = tmp_path / "b.bank.unfinished" / "unfinished" / "compress.json"
+    state.parent.mkdir(parents=True)
+    for content in (None, "[]", "{}", "{"):
+        if content is not None:
+            state.write_text(content)
+        refused = halved("b.bank", "--resume")
+        assert "b.bank.unfinished is no compression that was stopped. Move it" in refused.err
 
 
-def test_two_processes_do_not_tune_one_bank(halved, tmp_path, monkeypatch):
-    def stopping(*_, **__):
-        raise KeyboardInterrupt
-        yield
+def test_two_processes_do_not_make_one_bank(halved, tmp_path):
+    with DISK.lock(tmp_path / "b.bank.unfinished.lock", 0.0):
+        assert "b.bank is being made by another process. Wait for it" in halved("b.bank").err
+    assert halved("b.bank").status == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["b.bank"]
+
+
+def test_a_name_that_is_too_long_is_known_before_the_work(halved):
+    assert "File name too long" in halved("b" * 250).err
+
+
+def test_a_name_that_is_taken_meanwhile_loses_nothing(halved, tmp_path, monkeypatch):
+    real = compressing._tune
+
+    def slow(*args):
+        real(*args)
+        (tmp_path / "b.bank" / "of mine").mkdir(parents=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compressing, "fit", stopping)
-        halved("b.bank")
-    lock = tmp_path / "b.bank.unfinished" / "unfinished" / "compress.lock"
-    with DISK.lock(lock, 0.0):
-        refused = halved("b.bank", "--resume")
-    assert "is being tuned by another process. Wait for it." in refused.err
+        patch.setattr(compressing, "_tune", slow)
+        assert f"cannot write {tmp_path / 'b.bank'}: Directory not empty" in halved("b.bank").err
+    shutil.rmtree(tmp_path / "b.bank")
     assert halved("b.bank", "--resume").status == 0
+
+
+def test_basis_tuned_is_not_said_of_domains_that_were_over_another(run, stored, photos, tmp_path):
+    tuned = tmp_path / "tuned.bank"
+    shutil.copytree(stored, tuned)
+    bank = Bank.open(tuned)
+    bank.add("old", bank.load("signs"), provenance={"basis_tuned": True})
+    small = ot.compress({"old": bank.load("old")}, keep=0.5)
+    bank.replace("old", small["old"], provenance={"basis_tuned": True})
+    done = run("compress", tuned, "--keep", 0.5, "--out", tmp_path / "b.bank", "--json")
+    assert json.loads(done.out)["basis_tuned"] is False

@@ -781,7 +781,7 @@ def main() -> None:
     except typer.Abort:
         _fail("nothing was changed.")
     except KeyboardInterrupt:
-        may_resume = sys.argv[1:2] in (["train"], ["allocate"], ["pretrain"], ["compress"])
+        may_resume = sys.argv[1:2] in (["train"], ["allocate"], ["pretrain"])
         resumes = " A training goes on with --resume." if may_resume else ""
         _fail(f"stopped; nothing half-written is left.{resumes}")
     except OSError as error:

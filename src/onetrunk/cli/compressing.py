@@ -24,18 +24,17 @@ from ..core.compress import Compressed, compress, compress_within, factorable, s
 from ..data import Images, Prepared, Splits
 from ..data.source_folder import images_below
 from ..errors import BankError, CompressError, DataError, DivergedError
-from ..files import check_writable, reason
 from ..pictures import draw_accuracy_against_size, need_matplotlib
 from ..training.evaluate import evaluate
 from ..training.examples import preprocessing_of
 from ..training.fit import fit
 from ..training.jointly import tune_basis
 from ..training.recipe import Recipe
-from .console import Screen, counted, followed, percent, size
-from .newbank import beside, finished, refuse_another, unfinished_path
+from .compressed import Figures, Summary, show
+from .console import Screen, followed, percent
+from .newbank import alone, beside, finish, stopped, unfinished_path
 from .training import load_as_trained
 
-LITTLE = 0.9  # of the share that was asked for
 KEEPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)  # budgets of the picture
 COPIED = "copied: "
 BASIS_TUNED, TUNED_EPOCHS = "basis_tuned", "tuned_epochs"  # in a domain's provenance
@@ -62,14 +61,6 @@ class Request:
     resume: bool = False
 
     @property
-    def asked(self) -> dict[str, Any]:
-        """What a run that goes on must agree on, as JSON values."""
-        other = ("bank", "out", "picture", "resume")
-        words = {key: value for key, value in vars(self).items() if key not in other}
-        digests = {name: card.digest for name, card in self.bank.domains.items()}
-        return {**words, "tune": sorted(self.tune), "domains": digests}
-
-    @property
     def file(self) -> Path:
         """Where the picture goes."""
         return self.out.with_name(f"{self.out.name}.png")
@@ -83,76 +74,118 @@ class Parts:
     val: Prepared
     judged: Prepared
     judged_on: str
-
-
-@dataclass
-class Figures:
-    """What is known of one domain: accuracies, bytes of its file, why it was left as it was."""
-
-    before: float | None = None
-    compressed: float | None = None
-    tuned: float | None = None
-    bytes_before: int = 0
-    bytes_after: int = 0
-    note: str = ""
+    prints: str  # of the images as they came
 
 
 def run(request: Request, screen: Screen) -> None:
     """Compresses, tunes, compares and writes the new bank.
 
     Raises:
-        OnetrunkError: of the room that refuses; nothing is at `request.out` then.
+        OnetrunkError: of the room that refuses; nothing is at `request.out` then, and beside it
+            only what was tuned so far.
     """
     _refuse_contradictions(request)
-    goes_on = refuse_another(request.out, request.asked, request.resume)
-    if request.resume and not goes_on:
-        screen.say("nothing to resume: starting from the beginning")
-    models, figures = _chosen(request.bank)
-    _refuse_unknown(request, models)
-    if request.picture and request.data:
-        need_matplotlib(f"the picture {request.file} (else say --no-picture)")
-    cards = request.bank.domains
-    parts = {
-        name: _parts(models[name], load_as_trained(source, cards[name]), source, screen)
-        for name, source in request.data.items()
-    }
-    unlabelled = {name: _unlabelled(folder) for name, folder in request.images.items()}
-    seen = _seen(models, parts, unlabelled, screen)
+    with alone(request.out):
+        models, figures = _chosen(request.bank)
+        _refuse_unknown(request, models)
+        if request.picture and request.data:
+            need_matplotlib(f"the picture {request.file} (else say --no-picture)")
+        cards = request.bank.domains
+        parts = {
+            name: _parts(models[name], load_as_trained(source, cards[name]), source, screen)
+            for name, source in request.data.items()
+        }
+        unlabelled = {name: _unlabelled(folder) for name, folder in request.images.items()}
+        asked = _asked(request, parts, unlabelled)
+        if known := stopped(request.out, asked):
+            summary = Summary.from_json(known)
+        else:
+            if request.resume:
+                screen.say("nothing to resume: starting from the beginning")
+            seen = _seen(models, parts, unlabelled, screen)
+            summary = _make(models, figures, parts, seen, asked, request, screen)
+        if request.tune:
+            _tune(parts, summary, request, screen)
+            finish(request.out)
+    _tell(models, parts, summary, request, screen)
+
+
+def _make(
+    models: Mapping[str, nn.Module],
+    figures: dict[str, Figures],
+    parts: Mapping[str, Parts],
+    seen: Covariances | None,
+    asked: Mapping[str, Any],
+    request: Request,
+    screen: Screen,
+) -> Summary:
+    """Makes the new bank, an unfinished one where domains are to be tuned."""
     found = _compressed(models, parts, seen, request, screen)
     for name, data in parts.items():
         figures[name].before = _accuracy(models[name], data.judged, f"{name} before", screen)
         figures[name].compressed = _accuracy(found[name], data.judged, f"{name} after", screen)
-    curve = _curve(models, parts, seen, request, screen) if request.picture else []
-    if not goes_on:
-        _write(found, parts, figures, request, screen)
-    if request.tune:
-        found = _tuned(found, parts, figures, request, screen)
+    summary = Summary.of(found, figures)
+    if request.picture:
+        summary.curve = _curve(models, parts, seen, request, screen)
+    if request.tune_basis:
+        tuned = _basis_tuned(found, parts, request, screen)
+        summary.basis_tuned, found = tuned.basis != found.basis, tuned
+    with beside(request.out, asked, summary.to_json() if request.tune else None) as folder:
+        new = Bank.create(folder, request.bank.backbone, by_reference=request.bank.by_reference)
+        for name in request.bank.domains:
+            _add(new, name, found.models.get(name), parts, summary, request)
+    return summary
+
+
+def _tell(
+    models: Mapping[str, nn.Module],
+    parts: Mapping[str, Parts],
+    summary: Summary,
+    request: Request,
+    screen: Screen,
+) -> None:
     new = Bank.open(request.out, request.bank.backbone)
-    for name, known in figures.items():
+    for name, known in summary.domains.items():
         known.bytes_before = request.bank.domains[name].size
         known.bytes_after = new.domains[name].size
-    basis_bytes = new.basis_bytes
-    basis_tuned = any(card.provenance.get(BASIS_TUNED) for card in new.domains.values())
-    _show(found, figures, basis_bytes, request, screen)
-    if curve:
-        stored = found.kept, _on_validation(found, parts, "stored", screen)
+    show(summary, new.basis_bytes, screen, asked=request.keep, uniform=request.uniform)
+    if summary.curve:
+        made = {name: new.load(name) for name in parts}
+        stored = summary.kept, _on_validation(made, parts, "stored", screen)
         original = _on_validation(models, parts, "as they were", screen)
-        draw_accuracy_against_size(curve, stored, original, request.file)
+        draw_accuracy_against_size(summary.curve, stored, original, request.file)
         screen.say(f"picture {request.file}")
     screen.finish(
         {
             "bank": str(request.out),
             "share": request.share,
-            "numbers_before": found.numbers_before,
-            "numbers_after": found.numbers_after,
-            "kept": found.kept,
-            "basis_bytes": basis_bytes,
-            BASIS_TUNED: basis_tuned,
-            "picture": str(request.file) if curve else None,
-            "left_out": dict(found.left_out),
-            "domains": {name: vars(known) for name, known in figures.items()},
+            "numbers_before": summary.numbers_before,
+            "numbers_after": summary.numbers_after,
+            "kept": summary.kept,
+            "basis_bytes": new.basis_bytes,
+            BASIS_TUNED: summary.basis_tuned,
+            "picture": str(request.file) if summary.curve else None,
+            "left_out": summary.left_out,
+            "domains": {name: vars(known) for name, known in summary.domains.items()},
         }
     )
+
+
+def _asked(
+    request: Request, parts: Mapping[str, Parts], unlabelled: Mapping[str, Images]
+) -> dict[str, Any]:
+    """What a run that goes on must agree on, as JSON values."""
+    words = (
+        "keep", "budget", "max_loss", "uniform", "share", "tune_basis", "epochs", "picture",
+    )  # fmt: skip
+    images = {name: part.prints for name, part in parts.items()}
+    images |= {name: found.fingerprint()[:16] for name, found in unlabelled.items()}
+    return {
+        **{f"--{word.replace('_', '-')}": getattr(request, word) for word in words},
+        **{f"--tune {name}": True for name in request.tune},
+        **{f"images of {name}": prints for name, prints in images.items()},
+        **{f"domain {name}": card.digest[:16] for name, card in request.bank.domains.items()},
+    }
 
 
 def read_pairs(words: Sequence[str], option: str) -> dict[str, str]:
@@ -204,11 +237,10 @@ def _refuse_contradictions(request: Request) -> None:
             "--max-loss needs validation images: give --data DOMAIN=SOURCE or --tune "
             "DOMAIN=SOURCE for the domains that it is to hold for."
         )
-    try:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(request.out.parent)
-    except OSError as error:
-        raise BankError(f"cannot write beside {request.out}: {reason(error)}") from error
+    if not request.resume and os.path.lexists(folder := unfinished_path(request.out)):
+        raise BankError(
+            f"{folder} is a compression that was stopped. Go on with --resume, or remove it."
+        )
 
 
 def _chosen(bank: Bank) -> tuple[dict[str, nn.Module], dict[str, Figures]]:
@@ -282,10 +314,12 @@ def _parts(model: nn.Module, splits: Splits, source: str, screen: Screen) -> Par
         with screen.bar(f"reading {what} images of {source}") as show:
             return Prepared(images.in_order(classes), preprocessing, progress=show)
 
+    used = [images for images in (splits.train, splits.val, splits.test) if images is not None]
+    prints = " ".join(images.fingerprint()[:16] for images in used)
     train, val = ready(splits.train, "train"), ready(splits.val, "val")
     if splits.test is None:
-        return Parts(train, val, val, "val")
-    return Parts(train, val, ready(splits.test, "test"), "test")
+        return Parts(train, val, val, "val", prints)
+    return Parts(train, val, ready(splits.test, "test"), "test", prints)
 
 
 def _unlabelled(folder: str) -> Images:
@@ -385,63 +419,38 @@ def _basis_tuned(
     return replace(found, models=models, basis=basis)
 
 
-def _write(
-    found: Compressed,
-    parts: Mapping[str, Parts],
-    figures: Mapping[str, Figures],
-    request: Request,
-    screen: Screen,
+def _tune(parts: Mapping[str, Parts], summary: Summary, request: Request, screen: Screen) -> None:
+    """Tunes the domains of the unfinished bank that are not yet; their basis stays."""
+    folder = unfinished_path(request.out)
+    bank = Bank.open(folder, request.bank.backbone)
+    recipe = Recipe(epochs=request.epochs)
+    for name in sorted(request.tune):
+        known, checkpoint = summary.domains[name], folder / UNFINISHED / f"{name}.safetensors"
+        model = bank.load(name)
+        if not bank.domains[name].provenance[TUNED_EPOCHS]:
+            try:
+                _fit(name, model, parts[name], recipe, checkpoint, screen)
+            except DivergedError as error:
+                screen.warn(f"{name} stays as it was compressed: {error}")
+                known.note = "its tuning diverged"
+                checkpoint.unlink(missing_ok=True)
+                continue
+            except KeyboardInterrupt:
+                screen.warn(f"what was tuned is in {folder}: go on with --resume.")
+                raise
+        known.tuned = _accuracy(model, parts[name].judged, f"{name} tuned", screen)
+        _add(bank, name, model, parts, summary, request)
+        checkpoint.unlink(missing_ok=True)
+
+
+def _fit(
+    name: str, model: nn.Module, data: Parts, recipe: Recipe, checkpoint: Path, screen: Screen
 ) -> None:
-    """Makes the new bank, whose domains may still have to be tuned."""
-    tuned = _basis_tuned(found, parts, request, screen) if request.tune_basis else found
-    basis_tuned = tuned.basis != found.basis
-    with beside(request.out, request.asked if request.tune else None) as folder:
-        new = Bank.create(folder, request.bank.backbone, by_reference=request.bank.by_reference)
-        for name in request.bank.domains:
-            _add(new, name, tuned, parts, figures[name], request, basis_tuned)
-
-
-def _tuned(
-    found: Compressed,
-    parts: Mapping[str, Parts],
-    figures: Mapping[str, Figures],
-    request: Request,
-    screen: Screen,
-) -> Compressed:
-    """Tunes the domains of the unfinished bank that are not yet, which gets its name then."""
-    with finished(request.out) as folder:
-        bank = Bank.open(folder, request.bank.backbone)
-        models = {name: bank.load(name) for name in found}
-        basis = domain_of(next(iter(models.values()))).basis
-        found = replace(found, models=models, basis=basis or found.basis)
-        for name in sorted(request.tune):
-            provenance = bank.domains[name].provenance
-            if not (done := provenance[TUNED_EPOCHS]):
-                _tune(name, models[name], parts[name], request, screen)
-            judged = parts[name].judged
-            figures[name].tuned = _accuracy(models[name], judged, f"{name} tuned", screen)
-            if not done:
-                _add(bank, name, found, parts, figures[name], request, provenance[BASIS_TUNED])
-                _checkpoint(name, request).unlink(missing_ok=True)
-    return found
-
-
-def _tune(name: str, model: nn.Module, data: Parts, request: Request, screen: Screen) -> None:
-    """Trains the domain's own factors, norms and head in place; its basis stays."""
-    checkpoint, recipe = _checkpoint(name, request), Recipe(epochs=request.epochs)
+    """Trains the domain's own factors, norms and head in place."""
     with screen.bar(f"tuning {name}") as show:
-        try:
-            for _ in followed(
-                fit(model, data.train, recipe, val=data.val, checkpoint=checkpoint), show
-            ):
-                pass
-        except DivergedError:  # it would diverge again: the next run starts anew
-            checkpoint.unlink(missing_ok=True)
-            raise
-
-
-def _checkpoint(name: str, request: Request) -> Path:
-    return unfinished_path(request.out) / UNFINISHED / f"{name}.safetensors"
+        steps = fit(model, data.train, recipe, val=data.val, checkpoint=checkpoint)
+        for _ in followed(steps, show):
+            pass
 
 
 def _curve(
@@ -474,69 +483,27 @@ def _on_validation(
 def _add(
     new: Bank,
     name: str,
-    found: Compressed,
+    model: nn.Module | None,
     parts: Mapping[str, Parts],
-    figures: Figures,
+    summary: Summary,
     request: Request,
-    basis_tuned: bool,
 ) -> None:
-    old = request.bank.domains[name]
-    if name not in found:
+    """Stores a domain as it is now, or as it was where there is no network."""
+    old, known = request.bank.domains[name], summary.domains[name]
+    if model is None:
         model = request.bank.load(name)
         new.add(name, model, metrics=old.metrics, provenance=old.provenance)
         return
-    accuracy = figures.compressed if figures.tuned is None else figures.tuned
+    accuracy = known.compressed if known.tuned is None else known.tuned
     metrics = {} if accuracy is None else {f"{parts[name].judged_on}_accuracy": accuracy}
     history = {
         "compressed_from": {"family": old.family, "metrics": dict(old.metrics)},
-        "compressed_with": {"domains": list(found), "kept": found.kept, "share": request.share},
-        TUNED_EPOCHS: 0 if figures.tuned is None else request.epochs,
-        BASIS_TUNED: basis_tuned,
-    }
-    model = found[name].to(next(request.bank.backbone.parameters()).device)
+        "compressed_with": {
+            "domains": summary.factored, "kept": summary.kept, "share": request.share,
+        },
+        TUNED_EPOCHS: 0 if known.tuned is None else request.epochs,
+        BASIS_TUNED: summary.basis_tuned,
+    }  # fmt: skip
+    model = model.to(next(request.bank.backbone.parameters()).device)
     put = new.replace if name in new.domains else new.add
     put(name, model, metrics=metrics, provenance={**old.provenance, **history})
-
-
-def _show(
-    found: Compressed,
-    figures: Mapping[str, Figures],
-    basis_bytes: int,
-    request: Request,
-    screen: Screen,
-) -> None:
-    screen.say(
-        f"adapters of {counted(len(found), 'domain')}: {found.numbers_before:,} -> "
-        f"{found.numbers_after:,} numbers ({percent(found.kept)}), their basis counted once"
-    )
-    if request.uniform:
-        screen.say(f"  {percent(request.keep or 0)} of the directions at every layer")
-    elif request.keep is not None and found.kept < LITTLE * request.keep:
-        screen.say("  fewer than asked for: more directions would hold nothing")
-    rows = [
-        (
-            name,
-            *(
-                "" if a is None else percent(a)
-                for a in (known.before, known.compressed, known.tuned)
-            ),
-            size(known.bytes_before),
-            size(known.bytes_after),
-            known.note,
-        )
-        for name, known in figures.items()
-    ]
-    before = sum(known.bytes_before for known in figures.values())
-    after = sum(known.bytes_after for known in figures.values()) + basis_bytes
-    rows.append(("basis, shared", "", "", "", "", size(basis_bytes), ""))
-    rows.append(("all", "", "", "", size(before), size(after), ""))
-    head = ("domain", "before", "compressed", "tuned", "size before", "size after", "remark")
-    screen.table(head, rows)
-    kept = [site for site, directions in found.directions.items() if directions == (0, 0)]
-    if kept:
-        screen.say(
-            f"  {len(kept)} of {len(found.directions)} layers stay as they were: factors would be "
-            "larger"
-        )
-    for site, why in found.left_out.items():
-        screen.say(f"  {site} is kept as it was: {why}")

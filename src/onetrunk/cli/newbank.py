@@ -1,7 +1,7 @@
 """The folder of a bank that is being made: whole under its name, or what --resume goes on from.
 
 A bank gets its name when it is whole. One whose domains are still to be tuned waits for it as
-`NAME.unfinished`, with what was asked for in a file, so that another request does not go on there.
+`NAME.unfinished`, with what was asked for and what is known in a file beside its checkpoints.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..errors import BankError
 from ..files import DISK, reason, write_atomically
 from ..training.checkpoint import differences
 
-ASKED = "asked.json"
+STATE = "compress.json"
 
 
 def unfinished_path(out: Path) -> Path:
@@ -26,51 +26,74 @@ def unfinished_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.unfinished")
 
 
-def refuse_another(out: Path, asked: Mapping[str, Any], resume: bool) -> bool:
-    """Whether there is a stopped run to go on from.
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """For one process at a time that makes the bank `out`, in a folder that can be written.
 
     Raises:
-        BankError: where there is one that is not gone on with, or of another request.
+        BankError: where there is another, or the file system refuses.
+    """
+    lock = out.with_name(f"{out.name}.unfinished.lock")  # the longest name that is needed
+    with ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(DISK.lock(lock, 0.0))
+        except TimeoutError:
+            raise BankError(
+                f"{out} is being made by another process. Wait for it, or give another --out."
+            ) from None
+        except OSError as error:
+            raise BankError(f"cannot write beside {out}: {reason(error)}") from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
+
+
+def stopped(out: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What is known of the unfinished bank of `out`, if there is one.
+
+    Raises:
+        BankError: where it is of another request, or is none.
     """
     folder = unfinished_path(out)
     if not os.path.lexists(folder):
-        return False
+        return None
     try:
-        saved = json.loads((folder / ASKED).read_text())
-    except (OSError, ValueError) as error:
+        state = json.loads((folder / UNFINISHED / STATE).read_text())
+        saved, known = state["asked"], state["known"]
+    except (OSError, ValueError, TypeError, KeyError):
         raise BankError(
-            f"{folder} is there already, and no compression that was stopped ({error}). Move it, "
-            "or give another --out."
+            f"{folder} is no compression that was stopped. Move it, or give another --out."
         ) from None
-    if not resume:
-        raise BankError(
-            f"{folder} is a compression that was stopped. Go on with --resume, or remove it."
-        )
     if different := differences(saved, asked):
         raise BankError(
             f"{folder} is another compression (- its, + this one's): {'; '.join(different)}. Say "
             "what was said then, or remove it to start over."
         )
-    return True
+    return dict(known)
 
 
 @contextmanager
-def beside(out: Path, asked: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """A folder that gets its name when it is filled, and is gone if it never is: `out`, or with
-    `asked` the name of an unfinished one.
+def beside(out: Path, asked: Mapping[str, Any], known: Mapping[str, Any] | None) -> Iterator[Path]:
+    """A folder that is gone if it is never filled; then its name is `out`, or where something is
+    `known` with which to go on, that of an unfinished one.
 
     Raises:
         BankError: where the file system refuses.
     """
-    place = out if asked is None else unfinished_path(out)
+    place = out if known is None else unfinished_path(out)
     try:
         folder = Path(tempfile.mkdtemp(prefix=".onetrunk-", dir=out.parent))
     except OSError as error:
         raise BankError(f"cannot write beside {out}: {reason(error)}") from error
     try:
         yield folder / "bank"
-        if asked is not None:
-            write_atomically(folder / "bank" / ASKED, json.dumps(asked, indent=1).encode())
+        if known is not None:
+            state = json.dumps({"asked": asked, "known": known}, indent=1).encode()
+            (folder / "bank" / UNFINISHED).mkdir()
+            write_atomically(folder / "bank" / UNFINISHED / STATE, state)
         os.rename(folder / "bank", place)  # fails where somebody was faster
         DISK.sync_folder(out.parent)
     except OSError as error:
@@ -79,24 +102,15 @@ def beside(out: Path, asked: Mapping[str, Any] | None = None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def finished(out: Path) -> Iterator[Path]:
-    """The unfinished bank of `out`, for one process at a time; at the end it gets its name.
+def finish(out: Path) -> None:
+    """Gives the unfinished bank of `out` its name.
 
     Raises:
-        BankError: where another process has it, or the file system refuses.
+        BankError: where the file system refuses.
     """
-    folder = unfinished_path(out)
-    lock = folder / UNFINISHED / "compress.lock"
     try:
-        lock.parent.mkdir(exist_ok=True)
-        with DISK.lock(lock, 0.0):
-            yield folder
-            shutil.rmtree(folder / UNFINISHED)
-            os.rename(folder, out)
-        (out / ASKED).unlink()
+        os.rename(unfinished_path(out), out)
         DISK.sync_folder(out.parent)
-    except TimeoutError:
-        raise BankError(f"{folder} is being tuned by another process. Wait for it.") from None
     except OSError as error:
         raise BankError(f"cannot write {out}: {reason(error)}") from error
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
