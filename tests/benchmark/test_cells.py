@@ -386,15 +386,6 @@ def test_a_basis_is_tuned_with_its_domains_where_validation_images_say_so(
     assert (after["shades"] == after["stripes"]) is (form == "compress")
 
 
-def test_two_processes_compute_what_one_does(make_study, tmp_path):
-    study = make_study("norm")
-    alone = run(study).records
-    other = dataclasses.replace(study, work=tmp_path / "other")
-    both = run(other, workers=2).records
-    accuracies = [{r["domain"]: r["test_accuracy"] for r in records} for records in (alone, both)]
-    assert accuracies[0] == accuracies[1]
-
-
 def test_domains_of_a_bank_keep_apart_names_that_differ_in_more_than_a_bank_allows():
     names = ("flowers", "Flowers", "flowers!", "flowers ", "Ж")
     assert bank_name("flowers") == "flowers"
@@ -459,7 +450,34 @@ def test_a_compression_that_was_stopped_goes_on_where_it_was(make_study, monkeyp
     monkeypatch.setattr(compressed, "compress", None)  # nothing is factored again
     assert not run(study).failures
     assert len(known(study)) == 4
-    assert not list((study.work / "banks").glob("factored-*/"))  # of use until then
+    assert not list((study.work / "banks").glob("factored-*"))  # of use until then
+
+
+def test_a_compression_of_a_network_that_cannot_be_trained_again_says_so(make_study, monkeypatch):
+    study = make_study("parallel", "compress(of='parallel', keep=0.5)")
+    run(make_study("parallel"))
+    (bank,) = (path for path in (study.work / "banks").iterdir() if path.is_dir())
+    opened = Bank.open(bank)
+    opened.replace("stripes", opened.load("shades"))  # of other images
+
+    def broken(*_args):
+        raise MemoryError("none is left")
+
+    monkeypatch.setattr("onetrunk.benchmark.study.train_again", broken)
+    failures = run(study).failures
+    assert "parallel stripes, once more: MemoryError: none is left" in failures[0]
+    assert "that of 'stripes' could not be trained again" in failures[1] and len(failures) == 2
+    assert len(known(study)) == 2
+
+
+def test_two_processes_compress_as_one_does(make_study, tmp_path):
+    study = make_study("parallel", "compress(of='parallel', keep=0.5)")
+    other = dataclasses.replace(study, work=tmp_path / "other")
+    found = [
+        {(r["method"], r["domain"]): (r["test_accuracy"], r["trials"]) for r in records}
+        for records in (run(study).records, run(other, workers=2).records)
+    ]
+    assert found[0] == found[1] and len(found[0]) == 4
 
 
 def test_a_creation_of_the_studys_bank_that_was_killed_is_in_nobodys_way(make_study):

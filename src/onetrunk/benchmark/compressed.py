@@ -8,6 +8,7 @@ network as compressed and after tuning at each of `RATES`, validation images cho
 """
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ Group = Sequence[Cell]  # one compressed method over all its domains
 def to_train_again(group: Group, ledger: Ledger, work: Path) -> list[Cell]:
     """The finished trainings of a group whose networks were not kept."""
     known, sources = ledger.read(), [source_of(cell) for cell in group]
-    return [one for one in sources if one.key in known and not _holds(bank_path(work, one), one)]
+    return [one for one in sources if one.key in known and not _kept(one, work)]
 
 
 def unfinished(group: Group, ledger: Ledger) -> list[Cell]:
@@ -53,8 +54,6 @@ def factor(group: Group, ledger: Ledger, work: Path) -> None:
     Raises:
         DataError: where a domain was not trained yet with the method that is compressed.
     """
-    if is_factored(group, work):
-        return
     started = time.monotonic()
     method = _method(group[0])
     models = _trained(group, ledger, work)
@@ -79,7 +78,14 @@ def factor(group: Group, ledger: Ledger, work: Path) -> None:
 def is_factored(group: Group, work: Path) -> bool:
     """Whether the networks of all of a group's domains over their basis are kept."""
     path = factored_path(group, work)
-    return all(_holds(path, cell, compressed_key(cell, group)) for cell in group)
+    return all(_holds(path, cell.domain, compressed_key(cell, group)) for cell in group)
+
+
+def forget_factored(group: Group, work: Path) -> None:
+    """Removes them: once every domain has its record they are of no more use."""
+    path = factored_path(group, work)
+    shutil.rmtree(path, ignore_errors=True)
+    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
 
 
 def run_compressed(cell: Cell, group: Group, ledger: Ledger, work: Path) -> dict[str, Any]:
@@ -133,6 +139,11 @@ def _trained(group: Group, ledger: Ledger, work: Path) -> dict[str, nn.Module]:
                 f"{group[0].method} needs domains trained with {source.method}, and the training "
                 f"of {source.domain!r} failed."
             )
+        if not _kept(source, work):
+            raise DataError(
+                f"{group[0].method} needs the networks of {source.method}, and that of "
+                f"{source.domain!r} could not be trained again."
+            )
     bank = Bank.open(bank_path(work, sources[0]), setting_of(sources[0]).backbone)
     return {source.domain: bank.load(bank_name(source.domain)) for source in sources}
 
@@ -143,12 +154,17 @@ def _tuning(source: Cell, ledger: Ledger) -> Tuning:
     return Tuning(record["factor"], record["decay"], record["norm_statistics"])
 
 
-def _holds(path: Path, cell: Cell, key: str = "") -> bool:
-    """Whether the bank has this very cell's network: other images may have had that name."""
+def _kept(source: Cell, work: Path) -> bool:
+    """Whether a trained cell's network is at hand."""
+    return _holds(bank_path(work, source), source.domain, source.key)
+
+
+def _holds(path: Path, domain: str, key: str) -> bool:
+    """Whether the bank has the network of that key: other images may have had the domain's name."""
     if not is_bank(path):
         return False
-    card = Bank.open(path).domains.get(bank_name(cell.domain))
-    return card is not None and card.provenance.get("cell") == (key or cell.key)
+    card = Bank.open(path).domains.get(bank_name(domain))
+    return card is not None and card.provenance.get("cell") == key
 
 
 def _compressed(

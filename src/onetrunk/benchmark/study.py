@@ -6,7 +6,6 @@ two threads. What fails is told at the end with its reason; what was finished st
 
 import multiprocessing
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,7 +20,7 @@ from .cells import Cell, Trunk, run_cell, train_again
 from .compressed import (
     compressed_key,
     factor,
-    factored_path,
+    forget_factored,
     is_factored,
     run_compressed,
     source_of,
@@ -74,7 +73,7 @@ class Study:
         ]
 
     def compressions(self) -> list[list[Cell]]:
-        """The cells of compressed methods: all domains of one method are one piece of work."""
+        """The cells of compressed methods: all domains of one are factored together."""
         return [
             [self._cell(trunk, domain, method, seed, protocol) for domain in self.domains]
             for seed in self.seeds
@@ -178,15 +177,15 @@ def _stages(study: Study, ledger: Ledger) -> Iterator[list[Job]]:
         ]
     groups, work = study.compressions(), study.work
     missing = [group for group in groups if unfinished(group, ledger)]
-    again = {cell.key: cell for group in missing for cell in to_train_again(group, ledger, work)}
+    waiting = [group for group in missing if not is_factored(group, work)]
+    again = {cell.key: cell for group in waiting for cell in to_train_again(group, ledger, work)}
     yield [
         Job(cell, partial(train_again, cell), f"{_words(cell)}, once more", is_cell=False)
         for cell in again.values()
     ]
     yield [
-        Job(one, partial(factor, group), f"{one.trunk} {one.method} on {len(group)} domains", False)
-        for group in missing
-        for one in group[:1]
+        Job(group[0], partial(factor, group), _words_of_all(group), is_cell=False)
+        for group in waiting
     ]
     yield [
         Job(cell, partial(run_compressed, cell, group), _words(cell))
@@ -194,13 +193,17 @@ def _stages(study: Study, ledger: Ledger) -> Iterator[list[Job]]:
         if group not in missing or is_factored(group, work)
         for cell in group
     ]
-    for group in missing:
+    for group in groups:
         if not unfinished(group, ledger):
-            shutil.rmtree(factored_path(group, work), ignore_errors=True)
+            forget_factored(group, work)
 
 
 def _words(cell: Cell) -> str:
     return f"{cell.trunk} {cell.method} {cell.domain}"
+
+
+def _words_of_all(group: list[Cell]) -> str:
+    return f"{group[0].trunk} {group[0].method} on {len(group)} domains"
 
 
 def _refuse_lone_compressions(study: Study, ledger: Ledger) -> None:
