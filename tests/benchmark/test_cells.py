@@ -464,7 +464,9 @@ def test_a_compression_of_a_network_that_cannot_be_trained_again_says_so(make_st
         raise MemoryError("none is left")
 
     monkeypatch.setattr("onetrunk.benchmark.study.train_again", broken)
-    failures = run(study).failures
+    shown = []
+    failures = run(study, progress=lambda *bar: shown.append(bar[:2])).failures
+    assert shown[-1] == (4, 4)
     assert "parallel stripes, once more: MemoryError: none is left" in failures[0]
     assert "that of 'stripes' could not be trained again" in failures[1] and len(failures) == 2
     assert len(known(study)) == 2

@@ -144,6 +144,7 @@ def run(study: Study, workers: int = 1, progress: Progress | None = None) -> Out
             done += 1
             if failure:
                 outcome.failures.append(failure)
+                total -= job.n_waiting
             elif record is not None:
                 outcome.records.append(record)
             note = job.what if record is None else f"{job.what}: {record['test_accuracy']:.3f}"
@@ -160,12 +161,14 @@ class Job:
         cell: which it is for; the first one where it is for several.
         what: in words.
         is_cell: whether its result is the cell's record.
+        n_waiting: cells that are not computed where it fails.
     """
 
     cell: Cell
     do: Callable[[Ledger, Path], dict[str, Any] | None]
     what: str
     is_cell: bool = True
+    n_waiting: int = 0
 
 
 def _stages(study: Study, ledger: Ledger) -> Iterator[list[Job]]:
@@ -184,7 +187,7 @@ def _stages(study: Study, ledger: Ledger) -> Iterator[list[Job]]:
         for cell in again.values()
     ]
     yield [
-        Job(group[0], partial(factor, group), _words_of_all(group), is_cell=False)
+        Job(group[0], partial(factor, group), _words_of_all(group), False, len(group))
         for group in waiting
     ]
     yield [
