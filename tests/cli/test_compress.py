@@ -320,17 +320,18 @@ def test_a_stop_while_domains_are_tuned_goes_on_with_resume(halved, tmp_path, mo
     assert Bank.open(tmp_path / "b.bank").verify().remarks == ()
 
 
-def test_other_images_are_not_gone_on_with(halved, photos, tmp_path, monkeypatch):
+def test_other_images_are_not_gone_on_with(run, stored, photos, tmp_path, monkeypatch):
     def stopping(*_, **__):
         raise KeyboardInterrupt
         yield
 
     monkeypatch.setattr(compressing, "fit", stopping)
-    assert halved("b.bank").status == 1
-    shutil.copytree(photos, tmp_path / "photos")
-    (tmp_path / "photos" / "down" / "0.png").unlink()
-    refused = halved("b.bank", "--resume", f"--data=digits={tmp_path / 'photos'}")
-    assert "+ images of digits" in refused.err
+    own = shutil.copytree(photos, tmp_path / "photos")
+    words = ("compress", stored, "--keep", 0.5, "--out", tmp_path / "b.bank", "--no-picture")
+    assert run(*words, "--tune", f"stripes={own}").status == 1
+    (own / "down" / "0.png").unlink()
+    refused = run(*words, "--tune", f"stripes={own}", "--resume")
+    assert "(- its, + this one's): - images of stripes" in refused.err
 
 
 def test_resuming_nothing_starts_from_the_beginning(run, stored, tmp_path):

@@ -42,10 +42,10 @@ def to_train_again(group: Group, ledger: Ledger, work: Path) -> list[Cell]:
     return [one for one in sources if one.key in known and not _kept(one, work)]
 
 
-def unfinished(group: Group, ledger: Ledger) -> list[Cell]:
-    """The cells of a group that have no record yet."""
+def is_finished(group: Group, ledger: Ledger) -> bool:
+    """Whether every cell of a group has its record."""
     known = ledger.read()
-    return [cell for cell in group if compressed_key(cell, group) not in known]
+    return all(compressed_key(cell, group) in known for cell in group)
 
 
 def factor(group: Group, ledger: Ledger, work: Path) -> None:

@@ -22,10 +22,10 @@ from .compressed import (
     factor,
     forget_factored,
     is_factored,
+    is_finished,
     run_compressed,
     source_of,
     to_train_again,
-    unfinished,
 )
 from .ledger import Ledger
 from .methods import Compressed, read_method
@@ -179,7 +179,7 @@ def _stages(study: Study, ledger: Ledger) -> Iterator[list[Job]]:
             Job(cell, partial(run_cell, cell), _words(cell)) for cell in cells if cell.seed == seed
         ]
     groups, work = study.compressions(), study.work
-    missing = [group for group in groups if unfinished(group, ledger)]
+    missing = [group for group in groups if not is_finished(group, ledger)]
     waiting = [group for group in missing if not is_factored(group, work)]
     again = {cell.key: cell for group in waiting for cell in to_train_again(group, ledger, work)}
     yield [
@@ -197,7 +197,7 @@ def _stages(study: Study, ledger: Ledger) -> Iterator[list[Job]]:
         for cell in group
     ]
     for group in groups:
-        if not unfinished(group, ledger):
+        if is_finished(group, ledger):
             forget_factored(group, work)
 
 
@@ -213,7 +213,7 @@ def _refuse_lone_compressions(study: Study, ledger: Ledger) -> None:
     """Refuses to compress what is neither trained here nor known."""
     for group in study.compressions():
         of, keys = source_of(group[0]).method, ledger.read().keys()
-        if of in study.methods or all(compressed_key(cell, group) in keys for cell in group):
+        if of in study.methods or is_finished(group, ledger):
             continue
         missing = [cell.domain for cell in group if source_of(cell).key not in keys]
         if missing:

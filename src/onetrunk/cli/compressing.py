@@ -105,7 +105,12 @@ def run(request: Request, screen: Screen) -> None:
             seen = _seen(models, parts, unlabelled, screen)
             summary = _make(models, figures, parts, seen, asked, request, screen)
         if request.tune:
-            _tune(parts, summary, request, screen)
+            try:
+                _tune(parts, summary, request, screen)
+            except KeyboardInterrupt:
+                folder = unfinished_path(request.out)
+                screen.warn(f"what was tuned is in {folder}: go on with --resume.")
+                raise
             finish(request.out)
     _tell(models, parts, summary, request, screen)
 
@@ -426,20 +431,19 @@ def _tune(parts: Mapping[str, Parts], summary: Summary, request: Request, screen
     recipe = Recipe(epochs=request.epochs)
     for name in sorted(request.tune):
         known, checkpoint = summary.domains[name], folder / UNFINISHED / f"{name}.safetensors"
+        card = bank.domains[name]
+        if card.provenance[TUNED_EPOCHS]:
+            known.tuned = card.metrics[f"{parts[name].judged_on}_accuracy"]
+            continue
         model = bank.load(name)
-        if not bank.domains[name].provenance[TUNED_EPOCHS]:
-            try:
-                _fit(name, model, parts[name], recipe, checkpoint, screen)
-            except DivergedError as error:
-                screen.warn(f"{name} stays as it was compressed: {error}")
-                known.note = "its tuning diverged"
-                checkpoint.unlink(missing_ok=True)
-                continue
-            except KeyboardInterrupt:
-                screen.warn(f"what was tuned is in {folder}: go on with --resume.")
-                raise
-        known.tuned = _accuracy(model, parts[name].judged, f"{name} tuned", screen)
-        _add(bank, name, model, parts, summary, request)
+        try:
+            _fit(name, model, parts[name], recipe, checkpoint, screen)
+        except DivergedError as error:
+            screen.warn(f"{name} stays as it was compressed: {error}")
+            known.note = "its tuning diverged"
+        else:
+            known.tuned = _accuracy(model, parts[name].judged, f"{name} tuned", screen)
+            _add(bank, name, model, parts, summary, request)
         checkpoint.unlink(missing_ok=True)
 
 
