@@ -10,21 +10,18 @@ benchmarks/results/inner.jsonl.
 
 import argparse
 import dataclasses
-import statistics
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ratios import accuracy_on, setting_and_rest
+from ratios import at_best_rates, compared, setting_and_rest
 from rows import add_missing, known
+from torch import nn
 
 import onetrunk as ot
 from onetrunk.benchmark import cells
 from onetrunk.benchmark.methods import read_method
 from onetrunk.benchmark.protocol import SMALL, Tuning
-from onetrunk.benchmark.report.summary import interval
-from onetrunk.errors import DivergedError
 
 RESULTS = Path(__file__).parent / "results" / "inner.jsonl"
 TRUNK = "resnet26(width=0.5)"
@@ -49,27 +46,19 @@ class Cell:
     def run(self) -> dict[str, object]:
         """The accuracy at the rates that did best on validation images."""
         setting, held_out = setting_and_rest(self.domain, TRUNK, PROTOCOL, self.seed)
-        found: dict[Tuning, tuple[float, float]] = {}
 
-        def val_accuracy(tuning: Tuning) -> float:
-            if tuning not in found:
-                found[tuning] = 0.0, 0.0  # of a training that diverges
-                with suppress(DivergedError):
-                    model = cells.fresh(read_method(self.method), setting)
-                    recipe = dataclasses.replace(
-                        PROTOCOL.recipe(tuning, self.seed, PROTOCOL.n_epochs(len(setting.train))),
-                        loraplus_lr_ratio=self.ratio,
-                    )
-                    for _ in ot.fit(model, setting.train, recipe, val=setting.val):
-                        pass
-                    val = ot.evaluate(model, setting.val).accuracy
-                    found[tuning] = val, accuracy_on(model, held_out)
-            return found[tuning][0]
+        def trained(tuning: Tuning) -> nn.Module:
+            model = cells.fresh(read_method(self.method), setting)
+            recipe = dataclasses.replace(
+                PROTOCOL.recipe(tuning, self.seed, PROTOCOL.n_epochs(len(setting.train))),
+                loraplus_lr_ratio=self.ratio,
+            )
+            for _ in ot.fit(model, setting.train, recipe, val=setting.val):
+                pass
+            return model
 
-        best = PROTOCOL.climbed(val_accuracy, PROTOCOL.start)
-        val, accuracy = found[best]
-        facts = {"factor": best.factor, "val_accuracy": val, "accuracy": round(accuracy, 4)}
-        return {**dataclasses.asdict(self), **facts, "images": sum(map(len, held_out))}
+        facts = at_best_rates(trained, PROTOCOL.start, PROTOCOL, setting, held_out)
+        return {**dataclasses.asdict(self), **facts}
 
 
 def table() -> Iterator[str]:
@@ -84,13 +73,7 @@ def table() -> Iterator[str]:
             if all(Cell(method, domain, ratio) in found for ratio in RATIOS)
         ]
         if len(pairs) > 1:
-            gains = [one - slower for slower, one in pairs]
-            low, high = interval(gains) or (0.0, 0.0)
-            means = " | ".join(f"{statistics.mean(side):.1f}" for side in zip(*pairs, strict=True))
-            yield (
-                f"| `{method}` | {len(pairs)} | {means} | {statistics.mean(gains):+.1f} "
-                f"({low:+.1f} to {high:+.1f}) | {sum(gain > 0 for gain in gains)} |"
-            )
+            yield f"| `{method}` | {len(pairs)} | {compared(pairs)} |"
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ import argparse
 import dataclasses
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,11 +25,12 @@ import onetrunk as ot
 from onetrunk.benchmark import cells
 from onetrunk.benchmark.allocated import probed
 from onetrunk.benchmark.methods import read_method
-from onetrunk.benchmark.protocol import SMALL, Protocol
+from onetrunk.benchmark.protocol import SMALL, Protocol, Tuning
 from onetrunk.benchmark.report.summary import interval
 from onetrunk.benchmark.setting import Setting
 from onetrunk.benchmark.studies import BASE
 from onetrunk.data import Prepared
+from onetrunk.errors import DivergedError
 
 DATA = Path(os.environ.get("ONETRUNK_DATA", "../shared/data/mini-decathlon"))
 RESULTS = Path(__file__).parent / "results" / "ratios.jsonl"
@@ -99,6 +101,42 @@ def setting_and_rest(
         rows = sorted(rest[place] for place in order[:N_HELD_OUT].tolist())
         held_out += [Prepared(images.subset(rows), setting.preprocessing)] if rows else []
     return setting, held_out
+
+
+def at_best_rates(
+    trained: Callable[[Tuning], torch.nn.Module],
+    start: Tuning,
+    protocol: Protocol,
+    setting: Setting,
+    held_out: list[Prepared],
+) -> dict[str, float]:
+    """The accuracy on held-out images at the rates that a climb on validation images comes to."""
+    found: dict[Tuning, tuple[float, float]] = {}
+
+    def val_accuracy(tuning: Tuning) -> float:
+        if tuning not in found:
+            found[tuning] = 0.0, 0.0  # of a training that diverges
+            with suppress(DivergedError):
+                model = trained(tuning)
+                val = ot.evaluate(model, setting.val).accuracy
+                found[tuning] = val, accuracy_on(model, held_out)
+        return found[tuning][0]
+
+    best = protocol.climbed(val_accuracy, start)
+    val, accuracy = found[best]
+    facts = {"factor": best.factor, "val_accuracy": val, "accuracy": round(accuracy, 4)}
+    return {**facts, "images": sum(map(len, held_out))}
+
+
+def compared(pairs: list[tuple[float, float]]) -> str:
+    """Both means, the second's gain over the first with its interval, and on how many it is one."""
+    gains = [other - one for one, other in pairs]
+    low, high = interval(gains) or (0.0, 0.0)
+    means = " | ".join(f"{statistics.mean(side):.1f}" for side in zip(*pairs, strict=True))
+    return (
+        f"{means} | {statistics.mean(gains):+.1f} ({low:+.1f} to {high:+.1f}) "
+        f"| {sum(gain > 0 for gain in gains)}"
+    )
 
 
 def table(domains: list[str]) -> Iterator[str]:

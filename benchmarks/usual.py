@@ -13,11 +13,10 @@ import argparse
 import dataclasses
 import statistics
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ratios import DATA, accuracy_on, setting_and_rest
+from ratios import DATA, at_best_rates, compared, setting_and_rest
 from rows import add_missing, known
 from torch import nn
 
@@ -27,7 +26,6 @@ from onetrunk.benchmark.methods import read_method
 from onetrunk.benchmark.protocol import SMALL, Tuning
 from onetrunk.benchmark.report.summary import interval
 from onetrunk.benchmark.studies import BASE
-from onetrunk.errors import DivergedError
 
 RESULTS = Path(__file__).parent / "results" / "usual.jsonl"
 PROTOCOL = dataclasses.replace(SMALL, per_class=5, keep="late")
@@ -47,22 +45,11 @@ class Cell:
     def run(self) -> dict[str, object]:
         """The accuracy at the rates that did best on validation images."""
         setting, held_out = setting_and_rest(self.domain, protocol=PROTOCOL, seed=self.seed)
-        found: dict[Tuning, tuple[float, float]] = {}
-
-        def val_accuracy(tuning: Tuning) -> float:
-            if tuning not in found:
-                found[tuning] = 0.0, 0.0  # of a training that diverges
-                with suppress(DivergedError):
-                    model = self.trained(setting, tuning)
-                    val = ot.evaluate(model, setting.val).accuracy
-                    found[tuning] = val, accuracy_on(model, held_out)
-            return found[tuning][0]
-
         start = dataclasses.replace(PROTOCOL.start, statistics="batch" if self.usual else "running")
-        best = PROTOCOL.climbed(val_accuracy, start)
-        val, accuracy = found[best]
-        facts = {"factor": best.factor, "val_accuracy": val, "accuracy": round(accuracy, 4)}
-        return {**dataclasses.asdict(self), **facts, "images": sum(map(len, held_out))}
+        facts = at_best_rates(
+            lambda tuning: self.trained(setting, tuning), start, PROTOCOL, setting, held_out
+        )
+        return {**dataclasses.asdict(self), **facts}
 
     def trained(self, setting: cells.Setting, tuning: Tuning) -> nn.Module:
         recipe = PROTOCOL.recipe(tuning, self.seed, PROTOCOL.n_epochs(len(setting.train)))
@@ -92,14 +79,8 @@ def table() -> Iterator[str]:
             if all(Cell(method, domain, usual) in found for method in METHODS)
         ]
         if len(pairs) > 1:
-            gains = [adapters - full for full, adapters in pairs]
-            low, high = interval(gains) or (0.0, 0.0)
-            means = " | ".join(f"{statistics.mean(side):.1f}" for side in zip(*pairs, strict=True))
-            yield (
-                f"| {'as usual' if usual else 'as in the studies'} | {len(pairs)} | {means} "
-                f"| {statistics.mean(gains):+.1f} ({low:+.1f} to {high:+.1f}) "
-                f"| {sum(gain > 0 for gain in gains)} |"
-            )
+            trained = "as usual" if usual else "as in the studies"
+            yield f"| {trained} | {len(pairs)} | {compared(pairs)} |"
     yield ""
     both = [
         domain
