@@ -5,8 +5,10 @@ import json
 import pytest
 
 import onetrunk.cli.pretraining as pretraining_module
+from onetrunk.backbones import backbone
 from onetrunk.bank.bank import Bank
 from onetrunk.cli.console import Screen
+from onetrunk.data import Prepared, Preprocessing, load
 
 FORM = "resnet26(width=0.25)"
 
@@ -21,6 +23,7 @@ def test_a_pretrained_file_makes_a_bank(run, photos, tmp_path):
     assert done.status == 0, done.err
     report = json.loads(done.out)
     assert report["trained_with"] == "full with series"
+    assert report["adapters"] == "left out: the accuracies are with them"
     assert report["bytes"] == out.stat().st_size
     assert list(tmp_path.iterdir()) == [out]
     assert run("new", tmp_path / "a.bank", "--backbone", FORM, "--weights", out).status == 0
@@ -45,6 +48,23 @@ def test_a_stopped_pretraining_goes_on_with_resume_only(run, photos, tmp_path, m
     assert "is a pretraining that was stopped. Go on with --resume" in refused.err
     assert run(*words(photos, out, "--resume")).status == 0
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_merge_keeps_the_network_that_was_scored(run, photos, tmp_path):
+    out = tmp_path / "trunk.safetensors"
+    done = run(*words(photos, out, "--adapter", "series(init='released')", "--merge", "--json"))
+    report = json.loads(done.out)
+    assert report["adapters"] == "folded in"
+    seen = Preprocessing.from_json(report["preprocessing"])
+    images = Prepared(load(str(photos)).with_validation().val, seen)
+    prepared, labels = images.batch(range(len(images)))
+    logits = backbone(FORM, weights=out).eval()(seen.evaluation_view(prepared))
+    assert float((logits.argmax(1) == labels).double().mean()) == report["val_accuracy"]
+
+
+def test_merge_without_adapters_is_refused(run, photos, tmp_path):
+    refused = run(*words(photos, tmp_path / "trunk.safetensors", "--merge"))
+    assert refused.status == 1 and "there are none: give --adapter too" in refused.err
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_training(run, photos, tmp_path):

@@ -5,10 +5,9 @@ import torch
 from safetensors import safe_open
 
 import onetrunk as ot
-from onetrunk.core.attach import Adapted
 from onetrunk.data import Preprocessing
 from onetrunk.errors import BackboneError, DamagedError, TrainingError
-from onetrunk.training.pretrain import plain_network, pretraining, trunk, write_trunk
+from onetrunk.training.pretrain import pretraining, trunk, write_trunk
 
 SEEN = Preprocessing(size_px=16, crop_ratio=16 / 18)
 CLASSES = ("ant", "bee", "cat")
@@ -39,7 +38,33 @@ def test_what_is_kept_has_the_plain_backbones_names_and_no_adapter(model):
     plain = ot.backbone("resnet26(width=0.125, num_classes=3)", pretrained=False)
     shapes = {name: t.shape for name, t in plain.state_dict().items()}
     assert {name: t.shape for name, t in trunk(model).items()} == shapes
-    assert not [m for m in plain_network(model).modules() if isinstance(m, Adapted)]
+
+
+def _seen(form, px):
+    """A network of `form` with random series adapters whose norms have seen noise, in eval mode."""
+    net, preprocessing = ot.backbone(form, pretrained=False), Preprocessing(size_px=px)
+    model = pretraining(net, CLASSES, ot.Series(init="released"), preprocessing=preprocessing)
+    model.train()(torch.randn(8, 3, px, px))
+    return model.eval()
+
+
+def test_with_its_adapters_folded_in_a_file_is_the_network_that_was_trained(tmp_path):
+    model, path = _seen(FORM, 16), tmp_path / "trunk.safetensors"
+    write_trunk(path, model, {}, half=False, merged=True)
+    whole = ot.backbone(FORM, weights=path).eval()
+    x = torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(whole(x), model(x), rtol=1e-4, atol=1e-4)
+    write_trunk(path, model, {}, half=False)
+    assert not torch.allclose(ot.backbone(FORM, weights=path).eval()(x), model(x), rtol=0.1)
+
+
+def test_adapters_that_do_not_fold_into_the_backbones_own_layers_are_refused(tmp_path):
+    model = _seen("timm:test_efficientnet_gn", 64)  # no norm takes their bias
+    with pytest.raises(
+        TrainingError, match=r"need blocks\.0\.0\.conv\.bias, which the backbone does"
+    ):
+        write_trunk(tmp_path / "trunk.safetensors", model, {}, half=False, merged=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_written_backbone_reads_back_with_its_classes(model, tmp_path):

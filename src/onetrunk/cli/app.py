@@ -109,6 +109,9 @@ def pretrain(
     size_px: SizePx = None,
     flip: Flip = None,
     half: Annotated[bool, typer.Option("--half", help="Store float16.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Fold the adapters in; else they are left out.")
+    ] = False,
     resume: Resume = False,
     device: Device = None,
     as_json: AsJson = False,
@@ -132,6 +135,7 @@ def pretrain(
         size_px=size_px,
         flip=flip,
         half=half,
+        merge=merge,
         resume=resume,
         device=None if device is None else _device(device),
     )

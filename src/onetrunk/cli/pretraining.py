@@ -36,6 +36,7 @@ class Request:
     size_px: int | None = None
     flip: bool | None = None
     half: bool = False
+    merge: bool = False
     resume: bool = False
     device: str | None = None
 
@@ -58,6 +59,8 @@ def pretrain(request: Request, screen: Screen) -> None:
 
 
 def _make_way(request: Request, checkpoint: Path, screen: Screen) -> None:
+    if request.merge and request.adapter is None:
+        raise TrainingError("--merge folds adapters in, and there are none: give --adapter too.")
     if request.out.exists():
         raise TrainingError(f"{request.out} is there already. Give another file, or remove it.")
     if checkpoint.exists() and not request.resume:
@@ -107,6 +110,7 @@ def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) 
         "preprocessing": preprocessing.to_json(),
         "recipe": str(request.recipe),
         "trained_with": domain_of(model).family,
+        "adapters": "none" if request.adapter is None else _kept(request.merge),
         "started_from": None if request.weights is None else request.weights.name,
         "seconds": round(time.monotonic() - started),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), {world.size} "
@@ -114,7 +118,7 @@ def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) 
     }
     if not world.leads:
         return
-    n_bytes = write_trunk(request.out, model, card, half=request.half)
+    n_bytes = write_trunk(request.out, model, card, half=request.half, merged=request.merge)
     checkpoint.unlink(missing_ok=True)
     for name, accuracy in accuracies.items():
         screen.say(f"  {name.replace('_', ' ')} {percent(accuracy)}")
@@ -122,6 +126,10 @@ def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) 
     screen.say(f'use it: onetrunk new BANK --backbone "{request.backbone}" --weights {request.out}')
     epochs = request.recipe.n_epochs(len(data["train"]))
     screen.finish({**card, "out": str(request.out), "epochs": epochs, "bytes": n_bytes})
+
+
+def _kept(merged: bool) -> str:
+    return "folded in" if merged else "left out: the accuracies are with them"
 
 
 def _train(

@@ -2,7 +2,8 @@
 
 Rebuffi et al. pretrain with series adapters where series adapters are to be used later (they must
 be there from the start), and without where parallel ones are (they plug in afterwards). What is
-kept is the backbone alone: its filters, norms and classifier, not the base domain's adapters.
+kept is the backbone alone: its filters, norms and classifier, without the base domain's adapters as
+in the paper, or with them folded in, which is the network that was trained.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from ..backbones.written_form import WEIGHTS_CARD, stock_form, written_form
 from ..core.adapters import Family, Full
-from ..core.attach import attach, build, domain_of, unmark
+from ..core.attach import attach, build, domain_of
+from ..core.merge import merge
 from ..core.plan import Where, place
 from ..core.trace import trace
 from ..core.tree import original_names
@@ -71,23 +73,45 @@ def pretraining(
     )
 
 
-def trunk(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a pretrained network under the backbone's own names, without adapters."""
+def trunk(model: nn.Module, *, merged: bool = False) -> dict[str, Tensor]:
+    """The tensors of a pretrained network under the backbone's own names.
+
+    Args:
+        merged: whether the adapters are folded in; else they are left out.
+
+    Raises:
+        TrainingError: where an adapter adds a bias that the backbone has no place for.
+    """
     state = model.state_dict()
-    return {original: state[name] for name, original in original_names(model).items()}
+    filters = {original: state[name] for name, original in original_names(model).items()}
+    if not merged:
+        return filters
+    whole = merge(model, fold_norms=False).state_dict()
+    if more := sorted(set(whole) - set(filters)):
+        raise TrainingError(
+            f"folded in, the adapters need {more[0]}, which the backbone does not have. "
+            "Write the filters without them (without --merge)."
+        )
+    return whole
 
 
-def write_trunk(path: Path, model: nn.Module, card: Mapping[str, Any], *, half: bool) -> int:
+def write_trunk(
+    path: Path, model: nn.Module, card: Mapping[str, Any], *, half: bool, merged: bool = False
+) -> int:
     """Writes the backbone's weights as one safetensors file that checks itself; returns its bytes.
 
     Args:
         card: what a reader should know: data, recipe, accuracy; the written form is added.
         half: whether to store floating-point numbers as float16.
+        merged: see `trunk`.
 
     Raises:
-        TrainingError: where a number does not fit float16, or the file cannot be written.
+        TrainingError: where a number does not fit float16, the file cannot be written, or as in
+            `trunk`.
     """
-    tensors = {name: _halved(name, t) if half else t for name, t in trunk(model).items()}
+    tensors = trunk(model, merged=merged)
+    if half:
+        tensors = {name: _halved(name, tensor) for name, tensor in tensors.items()}
     backbone, n_classes = domain_of(model).backbone, len(domain_of(model).classes)
     form = stock_form(backbone, n_classes) or written_form(backbone)
     data = pack(tensors, {WEIGHTS_CARD: {"form": form, **card}})
@@ -96,26 +120,6 @@ def write_trunk(path: Path, model: nn.Module, card: Mapping[str, Any], *, half: 
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {reason(error)}") from error
     return len(data)
-
-
-def plain_network(model: nn.Module) -> nn.Module:
-    """The pretrained backbone as an ordinary network in eval mode, without its adapters."""
-    domain = domain_of(model)
-    plain = build(
-        domain.backbone,
-        scope="everything",
-        family=str(Full()),
-        plan={},
-        skipped={},
-        classes=domain.classes,
-        head=domain.head,
-        head_features=domain.head_features,
-        preprocessing=domain.preprocessing,
-    )
-    unmark(plain)
-    plain.__dict__.pop("written_form", None)
-    plain.load_state_dict(trunk(model))
-    return plain.eval()
 
 
 def _halved(name: str, tensor: Tensor) -> Tensor:
