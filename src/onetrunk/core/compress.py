@@ -100,7 +100,7 @@ def compress(
         rank_fraction: no budget but the same share of the possible directions everywhere: 0.5 is
             the paper's r = C / 2.
         share: the side whose factor all domains share: `input`, the best one measured
-            (docs/results/mini.md), `output` (our reading of the paper), or `both`.
+            (docs/results/compression.md), `output` (our reading of the paper), or `both`.
         covariances: from `activation_covariances`; the error is then that of the layers' outputs
             on those images, a share of each one's energy. Without, inputs count as white, and a
             site's error as a share of its frozen weights' energy.
