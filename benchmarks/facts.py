@@ -12,18 +12,16 @@ import argparse
 from collections import Counter
 
 import numpy as np
-from paired import RESULTS, is_backbone
-
-from onetrunk.benchmark.ledger import Ledger
+from paired import is_backbone, ledger_of
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("backbone", help="a part of its name; with @ to mean weights of a file")
     parser.add_argument("methods", nargs="+")
-    parser.add_argument("--of", default="mini", choices=["mini", "full"], help="whose cells")
+    parser.add_argument("--of", default="mini", help="whose cells: mini, full, or a study's --out")
     arguments = parser.parse_args()
-    cells = [r for r in Ledger(RESULTS / arguments.of).read().values() if r["kind"] == "cell"]
+    cells = [r for r in ledger_of(arguments.of).read().values() if r["kind"] == "cell"]
     cells = [r for r in cells if is_backbone(arguments.backbone, r["backbone"])]
     cells = [r for r in cells if r["study"] != "transfer"]
     for method in arguments.methods:

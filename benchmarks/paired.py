@@ -2,8 +2,8 @@
 
     python benchmarks/paired.py tf_efficientnet_lite0 "allocate(budget='1%')" "uniform(budget='1%')"
 
-Reads the cells below benchmarks/results/ (`--of full`: of the study with every image) and trains
-nothing.
+Reads the cells below benchmarks/results/ (`--of full`: of the study with every image; `--of
+FOLDER`: of your own) and trains nothing.
 """
 
 import argparse
@@ -27,9 +27,9 @@ def main() -> None:
     parser.add_argument("--other-backbone", help="the other method's, where it is another one")
     parser.add_argument("--per-class", type=int, help="of transfer: images a class, 0: all")
     parser.add_argument("--without", default="", help="domains, with commas between")
-    parser.add_argument("--of", default="mini", choices=["mini", "full"], help="whose cells")
+    parser.add_argument("--of", default="mini", help="whose cells: mini, full, or a study's --out")
     arguments = parser.parse_args()
-    records = [r for r in Ledger(RESULTS / arguments.of).read().values() if r["kind"] == "cell"]
+    records = [r for r in ledger_of(arguments.of).read().values() if r["kind"] == "cell"]
     n_images = arguments.per_class
     every = [r for r in read_rows(records) if (r.study == "transfer") == (n_images is not None)]
     every = [r for r in every if r.per_class == (n_images or None)]
@@ -67,6 +67,14 @@ def by_method(rows: list, backbone: str) -> dict[str, list]:
         if is_backbone(backbone, row.backbone):
             of.setdefault(row.method, []).append(row)
     return of
+
+
+def ledger_of(asked: str) -> Ledger:
+    """Of a study below benchmarks/results/, or of a folder of one's own."""
+    folder = RESULTS / asked if (RESULTS / asked).is_dir() else Path(asked)
+    if not any(folder.glob("*.jsonl")):
+        raise SystemExit(f"{folder} has no cells. Give mini, full or a study's --out.")
+    return Ledger(folder)
 
 
 def is_backbone(asked: str, name: str) -> bool:

@@ -18,7 +18,7 @@ from .summary import REFERENCE
 
 INK, FAINT, GRID, BAND = "#222222", "#8a8f98", "#e4e6ea", "#f3f4f6"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7A5195")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d")
 DASHES = ("-", "--", ":", "-.")
 DPI = 130
 STYLE = {
