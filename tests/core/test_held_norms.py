@@ -1,4 +1,4 @@
-"""norms="placed": the norms below the first adapted layer stay the backbone's, for every family."""
+"""Norms that stay the backbone's, for every family: those below the first adapted layer, or all."""
 
 from dataclasses import replace
 from typing import Any
@@ -140,6 +140,24 @@ def test_the_price_falls_by_the_held_norms_numbers(net: nn.Module, family: Famil
     assert cost(model).numbers == sum(t.numel() for t in stored(model).values())
 
 
+@pytest.mark.parametrize("family", CASES, ids=str)
+def test_without_norms_of_its_own_a_domain_is_adapters_and_head(
+    net: nn.Module, x_bihw: Tensor, family: Family
+) -> None:
+    model = attach(
+        net, family, ["a", "b"], where=LATE, input_size=SIZE, head="fc", norms="none"
+    ).train()
+    assert set(model.domain.held) == {n for n, module in net.named_modules() if is_norm(module)}
+    assert cost(model).norms == 0
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = fingerprint(net)
+    model(x_bihw).logsumexp(1).sum().backward()
+    optimizer.step()
+    assert fingerprint(net) == before
+    for fold_norms in (True, False):
+        merge(model.eval(), fold_norms=fold_norms, check=x_bihw)
+
+
 def test_compressed_domains_keep_them(net: nn.Module) -> None:
     models = {
         name: domain(net, ot.Parallel(init="released"), seed=seed).eval()
@@ -190,12 +208,13 @@ def test_real_architectures_need_no_gradient_below_a_late_plan(name: str) -> Non
 def test_a_family_that_adapts_no_single_layer_has_nothing_to_place(
     net: nn.Module, family: Family
 ) -> None:
-    with pytest.raises(AttachError, match=rf"norms='placed' .* {family} adapts no single layer"):
-        attach(net, family, ["a", "b"], input_size=SIZE, head="fc", norms="placed")
+    for norms in ("placed", "none"):
+        with pytest.raises(AttachError, match=rf"norms='{norms}' .* {family} adapts no single l"):
+            attach(net, family, ["a", "b"], input_size=SIZE, head="fc", norms=norms)  # type: ignore[arg-type]
 
 
 def test_other_words_are_refused(net: nn.Module) -> None:
-    with pytest.raises(AttachError, match=r"norms='late': give 'all' or 'placed'"):
+    with pytest.raises(AttachError, match=r"norms='late': give 'all', 'placed' or 'none'"):
         attach(net, ot.Parallel(), ["a", "b"], input_size=SIZE, head="fc", norms="late")  # type: ignore[arg-type]
 
 

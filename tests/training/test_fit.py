@@ -209,6 +209,15 @@ def test_statistics_are_held_where_the_backbones_were_trained_and_steps_are_few(
     assert [held(trained, s, 2_000) for s in ("auto", "batch", "running")] == [0, 0, n_norms]
 
 
+def test_norms_that_stay_the_backbones_are_held_whatever_the_recipe_says(make_net: Make) -> None:
+    net = make_net()
+    model = ot.attach(net, ot.Series(), ("ant", "bee"), norms="none", input_size=(3, 16, 16))
+    n_norms = sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    for statistics in ("auto", "batch", "running"):
+        recipe = ot.Recipe(norm_statistics=statistics)  # type: ignore[arg-type]
+        assert len(held_norms(model, recipe, 2_000)) == n_norms
+
+
 def test_nothing_to_train_is_an_error(make_model: Make, make_tensors: Make) -> None:
     model = make_model().requires_grad_(False)
     with pytest.raises(TrainingError, match="nothing to train"):

@@ -6,7 +6,7 @@
     norm, parallel, series, lowrank(rank=8), ...     any adapter family
     parallel@late            the same at some stages; @early+mid, @first, @second likewise
     allocate(budget='1%')    a plan of its own for every domain, by measured sensitivity;
-                             also by='gradient' or 'trained', layers='auto'
+                             also by='gradient' or 'trained', layers='auto', norms='none'
     uniform(budget='1%')     one rank everywhere at that budget
     lora(like='parallel')    PEFT's LoRA on the same layers at about equal numbers, norms saved
     lora(like='parallel', norms=True)                and its norms trained too
@@ -31,6 +31,7 @@ from ..backbones.written_form import OWN_MODULE, build_empty, written_form
 from ..core.adapters import FAMILIES, Family, Full, Norm, read_family
 from ..core.adapters.shared import Share
 from ..core.allocate import budget_parts
+from ..core.attach import Norms
 from ..core.plan import Layers, Where
 from ..errors import AttachError, SpecError
 from ..training.randomness import own_draws, reseed
@@ -102,13 +103,16 @@ class Allocate:
     budget: str = "1%"
     by: By = DEFAULT
     layers: Layers = "all"
+    norms: Norms = "all"
     group: ClassVar[Group] = "budgeted"
 
     def __str__(self) -> str:
-        return written.write("allocate", {"budget": self.budget, **_changed(self, "by", "layers")})
+        options = _changed(self, "by", "layers", "norms")
+        return written.write("allocate", {"budget": self.budget, **options})
 
     def make(self, setting: Setting) -> nn.Module:
-        return setting.attach(allocated_plan(setting, self.budget, self.by, self.layers))
+        plan = allocated_plan(setting, self.budget, self.by, self.layers)
+        return setting.attach(plan, norms=self.norms)
 
 
 @dataclass(frozen=True)
@@ -251,4 +255,6 @@ def _check(method: Method, text: str) -> None:
     if isinstance(method, Allocate):
         if method.by not in get_args(By):
             raise SpecError(f"method {text!r}: `by` is one of {', '.join(get_args(By))}.")
+        if method.norms not in get_args(Norms):
+            raise SpecError(f"method {text!r}: `norms` is one of {', '.join(get_args(Norms))}.")
         Where(layers=method.layers)  # refuses what is none

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.attach import attach
+from ..core.attach import Norms, attach
 from ..core.plan import Where
 from ..data import Prepared, Preprocessing
 from ..training.recipe import Recipe
@@ -28,13 +28,14 @@ class Setting:
         side = self.preprocessing.size_px
         return self.preprocessing.channels, side, side
 
-    def attach(self, family: Any, where: Where | None = None) -> nn.Module:
+    def attach(self, family: Any, where: Where | None = None, norms: Norms = "all") -> nn.Module:
         """A fresh domain of this cell's classes."""
         return attach(
             self.backbone,
             family,
             self.classes,
             where=where,
+            norms=norms,
             preprocessing=self.preprocessing,
             input_size=self.input_size,
             seed=self.seed,

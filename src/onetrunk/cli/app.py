@@ -202,7 +202,7 @@ def train(
     layers: Layers = "auto",
     pattern: Pattern = "*",
     norms: Annotated[
-        str, typer.Option(help="all are the domain's, or placed: from the first adapter on.")
+        str, typer.Option(help="all are the domain's; placed: from the first adapter on; none.")
     ] = "all",
     plan: Annotated[
         Path | None,

@@ -8,7 +8,7 @@ call computes is which object you call.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -37,7 +37,7 @@ from .tree import (
 )
 
 Scope = Literal["adapters", "head", "everything"]
-Norms = Literal["all", "placed"]
+Norms = Literal["all", "placed", "none"]
 MAX_RANKS_LISTED = 3  # in the text that names a plan
 
 
@@ -222,9 +222,9 @@ def attach(
         basis: what compressed domains share, `compressed.basis` or `model.domain.basis`: the new
             domain starts on it, as it is, with its plan (the first of those domains') where
             `family` is not the plan of another domain over it.
-        norms: which are the domain's own: `all`, or `placed`, those from the first adapted layer
-            on. Those before it then stay the backbone's, in eval mode, so that what is below is
-            the same for every domain and epoch (see `cached`).
+        norms: which are the domain's own: `all`; `placed`, those from the first adapted layer on;
+            or `none`. The others stay the backbone's, in eval mode, so that what is below the
+            first adapted layer is the same for every domain and epoch (see `cached`).
 
     Raises:
         AttachError: for classes, options or placements that do not fit, and a basis that was made
@@ -294,17 +294,19 @@ def _refuse_other_kinds(backbone: object, family: object, input_size: object) ->
 def _held_norms(
     backbone: nn.Module, norms: Norms, family: str, plan: Plan, traced: Trace
 ) -> tuple[str, ...]:
-    """The norms that are done with before the first adapted layer starts, in order."""
+    """Those that stay the backbone's; with `placed` what is done before an adapted layer starts."""
     if norms == "all":
         return ()
-    if norms != "placed":
-        raise AttachError(f"norms={norms!r}: give 'all' or 'placed'.")
+    if norms not in get_args(Norms):
+        raise AttachError(f"norms={norms!r}: give 'all', 'placed' or 'none'.")
     places = [place for place, name in enumerate(traced.executed) if name in plan]
     if not places:
         raise AttachError(
-            f"norms='placed' keeps the norms before the first adapted layer, and {family} adapts "
-            "no single layer: leave `norms` out, or place a family such as Parallel()."
+            f"norms={norms!r} leaves norms to the backbone beside adapted layers, and {family} "
+            "adapts no single layer: leave `norms` out, or place a family such as Parallel()."
         )
+    if norms == "none":
+        return tuple(name for name, module in backbone.named_modules() if is_norm(module))
     later = set(traced.executed[places[0] :])
     before = dict.fromkeys(traced.executed[: places[0]])
     return tuple(n for n in before if n not in later and is_norm(backbone.get_submodule(n)))

@@ -12,7 +12,7 @@ from torch import nn, optim
 
 from ..core.adapters import Adapter
 from ..core.attach import domain_of
-from ..core.tree import is_norm
+from ..core.tree import Frozen, is_norm
 from ..errors import TrainingError
 from .recipe import HEAD_LR_RATIO, LORAPLUS_LR_RATIO, SHORT, Recipe
 
@@ -46,6 +46,12 @@ def held_norms(model: nn.Module, recipe: Recipe, n_images: int) -> list[nn.Modul
 
     An adapter's own norm is none of them: no backbone has its statistics.
     """
+    adapters = [adapter for adapter in model.modules() if isinstance(adapter, Adapter)]
+    fresh = {id(norm) for adapter in adapters for norm in _batch_norms(adapter)}
+    norms = [norm for norm in _batch_norms(model) if id(norm) not in fresh]
+    frozen = {id(n) for m in model.modules() if isinstance(m, Frozen) for n in _batch_norms(m)}
+    if all(id(norm) in frozen for norm in norms):  # attach(norms="none"): whatever the recipe says
+        return norms
     if recipe.norm_statistics == "batch":
         return []
     if recipe.norm_statistics == "auto":
@@ -53,9 +59,7 @@ def held_norms(model: nn.Module, recipe: Recipe, n_images: int) -> list[nn.Modul
         trained = any(bool(norm.running_mean.any()) for norm in backbone)  # they start at zero
         if not trained or recipe.n_steps(n_images) > SHORT:
             return []
-    adapters = [adapter for adapter in model.modules() if isinstance(adapter, Adapter)]
-    fresh = {id(norm) for adapter in adapters for norm in _batch_norms(adapter)}
-    return [norm for norm in _batch_norms(model) if id(norm) not in fresh]
+    return norms
 
 
 def _batch_norms(module: nn.Module) -> list[Any]:
