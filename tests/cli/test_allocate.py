@@ -18,12 +18,13 @@ def plan_in(path):
 def test_a_budget_becomes_a_plan_a_domain_and_a_map(run, photos, bank, tmp_path):
     out, picture = tmp_path / "plan.json", tmp_path / "map.png"
     words = ("allocate", bank, "lean", "--data", photos, "--budget", BUDGET, "--epochs", 1)
-    ran = run(*words, "--out", out, "--map", picture)
+    ran = run(*words, "--norms", "none", "--out", out, "--map", picture)
     assert ran.status == 0, ran.err
     assert "of 5,000 numbers at" in ran.out and "█" in ran.out and "linear probe" in ran.out
     model = ot.Bank.open(bank).load("lean")
     assert {site: str(family) for site, family in model.domain.plan.items()} == plan_in(out)
     assert 0.9 * 5000 < ot.cost(model).adapters <= 5000
+    assert ot.cost(model).norms == 0
     assert ot.Bank.open(bank).domains["lean"].provenance["allocation"] == "curvature, 5000"
     assert picture.read_bytes().startswith(b"\x89PNG")
 

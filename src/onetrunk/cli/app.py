@@ -24,6 +24,7 @@ from .options import (
     Epochs,
     Flip,
     Layers,
+    NormsOf,
     Pattern,
     Recipes,
     Replace,
@@ -201,9 +202,7 @@ def train(
     convs: Annotated[str, typer.Option(help="both, first or second of a block.")] = "both",
     layers: Layers = "auto",
     pattern: Pattern = "*",
-    norms: Annotated[
-        str, typer.Option(help="all are the domain's; placed: from the first adapter on; none.")
-    ] = "all",
+    norms: NormsOf = "all",
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -307,6 +306,7 @@ def allocate(
     stages: Stages = "early,mid,late",
     layers: Layers = "all",
     pattern: Pattern = "*",
+    norms: NormsOf = "all",
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Train nothing.")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the plan, for train --plan.")
@@ -346,6 +346,7 @@ def allocate(
         splits=load(data, split_fractions=_fractions(split)),
         source=data,
         where=_where(stages, "both", layers, pattern),
+        norms=norms,  # type: ignore[arg-type]
         recipe=_recipe(recipe, epochs, seed),
         size_px=size_px,
         hflip=flip,

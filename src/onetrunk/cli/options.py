@@ -31,6 +31,9 @@ Squash = Annotated[
 ]
 Stages = Annotated[str, typer.Option(help="Any of early,mid,late.")]
 Layers = Annotated[str, typer.Option(help="all, auto, spatial or pointwise.")]
+NormsOf = Annotated[
+    str, typer.Option(help="all are the domain's; placed: from the first adapter on; none.")
+]
 Pattern = Annotated[str, typer.Option(help="A glob on layer names.")]
 Shares = Annotated[str, typer.Option(help="Shares for train,val,test where there are no splits.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on after a kill.")]
