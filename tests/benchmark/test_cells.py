@@ -3,8 +3,11 @@
 import dataclasses
 import functools
 import io
+import json
 import math
+import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +28,7 @@ from onetrunk.benchmark.ledger import Ledger
 from onetrunk.benchmark.methods import read_method
 from onetrunk.benchmark.protocol import Protocol, Tuning
 from onetrunk.benchmark.report import read_rows
+from onetrunk.benchmark.studies import Wish, mini
 from onetrunk.benchmark.study import Study, domains_in, known, run
 from onetrunk.core.attach import domain_of
 from onetrunk.data import load
@@ -139,11 +143,15 @@ def test_a_cell_stopped_in_its_trials_goes_on_to_the_same_result(make_cell, tmp_
     monkeypatch.setattr(cells_module, "fit", stopping)
     with pytest.raises(KeyboardInterrupt):
         run_cell(make_cell(), Ledger(tmp_path / "cut"), tmp_path / "cut")
-    assert [r["kind"] for r in Ledger(tmp_path / "cut").read().values()] == ["trial", "trial"]
+    trials = list(Ledger(tmp_path / "cut").read().values())
+    assert [r["kind"] for r in trials] == ["trial", "trial"]
+    lines = [json.dumps({**trial, "seconds": 1000.0}) for trial in trials]
+    Ledger(tmp_path / "cut").path.write_text("\n".join(lines) + "\n")
     again = run_cell(make_cell(), Ledger(tmp_path / "cut"), tmp_path / "cut")
     chosen = [t["val_accuracy"] for t in whole["trials"]].index(whole["val_accuracy"])
     of_the_first = chosen < 2  # its network went with the process: it is trained again
     assert len(trainings) == 3 + len(whole["trials"]) - 2 + of_the_first
+    assert 2000 < again["seconds"] < 2500  # those of the trials before the stop count
     volatile = ("seconds",)
     assert {k: v for k, v in again.items() if k not in volatile} == {
         k: v for k, v in whole.items() if k not in volatile
@@ -391,6 +399,65 @@ def test_domains_of_a_bank_keep_apart_names_that_differ_in_more_than_a_bank_allo
     assert bank_name("flowers") == "flowers"
     assert len({bank_name(name) for name in names}) == len(names)
     assert all(is_name(bank_name(name)) for name in (*names, "x" * 200))
+
+
+def test_a_compressed_key_depends_on_the_images_of_every_domain(make_study, domains, tmp_path):
+    (group,) = make_study("compress(of='parallel', keep=0.5)").compressions()
+    other = tmp_path / "domains"
+    shutil.copytree(domains, other)
+    file = next((other / "stripes" / "train" / "down").iterdir())
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(file)
+    changed = [dataclasses.replace(cell, data=str(other)) for cell in group]
+    for before, after in zip(group, changed, strict=True):
+        assert compressed.compressed_key(before, group) != compressed.compressed_key(after, changed)
+    shades = [cell.domain for cell in group].index("shades")
+    assert group[shades].key == changed[shades].key
+
+
+def test_a_rate_that_diverges_leaves_a_compressed_domain_as_it_was(make_study, monkeypatch):
+    def diverging(*_args, **_options):
+        raise DivergedError("the loss is nan")
+
+    monkeypatch.setattr(compressed, "fit", diverging)
+    monkeypatch.setattr(jointly, "fit_jointly", diverging)
+    outcome = run(make_study("parallel", "compress(of='parallel', keep=0.5, tune='all')"))
+    found = [r for r in outcome.records if r["method"].startswith("compress")]
+    assert not outcome.failures and len(found) == 2
+    for record in found:
+        assert (record["lr"], record["epochs"]) == (0.0, 0)
+        assert [trial["val_accuracy"] for trial in record["trials"][1:]] == [0.0, 0.0]
+
+
+def test_what_another_run_finished_meanwhile_is_in_the_report(make_study, monkeypatch):
+    study = make_study("parallel", "compress(of='parallel', keep=0.5)")
+
+    def factored_by_both(group, ledger, work):
+        monkeypatch.setattr("onetrunk.benchmark.study.factor", compressed.factor)
+        run(study)  # to its end, so that nothing factored is left
+
+    monkeypatch.setattr("onetrunk.benchmark.study.factor", factored_by_both)
+    assert len(run(study).records) == 4
+
+
+def test_where_results_go_is_no_domain(domains, tmp_path):
+    root = tmp_path / "domains"
+    shutil.copytree(domains, root)
+    (root / "results" / "mini").mkdir(parents=True)
+    assert domains_in(root, out=root / "results" / "mini") == ("shades", "stripes")
+    assert domains_in(root) == ("results", "shades", "stripes")
+
+
+def test_a_folder_with_nothing_but_the_base_domain_is_refused(tmp_path):
+    (tmp_path / "tiny_imagenet").mkdir()
+    with pytest.raises(DataError, match=r"has no domain but tiny_imagenet, .* or name it: --dom"):
+        mini(Wish(tmp_path, tmp_path / "out", methods=("head",)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names there are any bytes")
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    os.mkdir(os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(DataError, match=r"the name of domain 'caf.*' is not valid UTF-8"):
+        domains_in(tmp_path)
 
 
 def test_folders_that_hold_no_domains_are_refused(domains, tmp_path):

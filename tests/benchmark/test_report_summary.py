@@ -33,6 +33,24 @@ def partial(table):
     return read_rows(r for r in rows if (r["method"], r["domain"], r["seed"]) not in absent)
 
 
+def test_a_probe_on_all_images_is_compared_with_every_seed(table):
+    rows = read_rows(table(["full"]) + table(["head"], seeds=[0]))
+    found, baseline = of(rows, "head"), of(rows, "full")
+    naive = [
+        statistics.fmean(
+            mine.test_accuracy - row.test_accuracy for row in baseline if row.domain == mine.domain
+        )
+        for mine in found
+    ]
+    against = paired(found, baseline)
+    assert against.mean == pytest.approx(statistics.fmean(naive))
+    assert (against.n_cells, against.n_domains) == (12, 4)
+    assert against.wins + against.losses == 12
+    back = paired(baseline, found)
+    assert back.mean == pytest.approx(-against.mean) and back.n_cells == 12
+    assert score(found, baseline).by_domain.keys() == {row.domain for row in found}
+
+
 def of(rows, method):
     return [row for row in rows if row.method == method]
 

@@ -57,7 +57,8 @@ def test_the_sentence_says_who_wins_where_by_how_much_and_how_surely(rows):
     assert sentence(read_rows(rows), METHODS) == (
         "Parallel is best with 5 and 10 images a class (by 10.0 and 0.1 points over Fine-tuning, "
         "clearly with 5 images a class); Fine-tuning is best with all images a class (by 2.0 "
-        "points over Parallel, clearly). Clearly: the paired 95 % interval leaves out zero."
+        "points over Parallel, clearly). Clearly: the paired 95 % interval leaves out zero, "
+        "of many some by chance."
     )
 
 

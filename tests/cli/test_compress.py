@@ -48,6 +48,26 @@ def test_domains_get_one_basis_and_the_old_bank_stays(run, stored, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["half.bank"]
 
 
+def test_a_domain_without_test_images_is_said_to_be_judged_on_validation(
+    run, stored, photos, tmp_path
+):
+    for split in ("train", "val"):
+        shutil.copytree(photos, tmp_path / "cut" / split)
+    words = ("compress", stored, "--keep", 0.5, "--no-picture")
+    data = (f"--data=stripes={tmp_path / 'cut'}", f"--data=signs={photos}")
+    done = run(*words, *data, "--out", tmp_path / "a.bank")
+    assert done.status == 0, done.err
+    of = [line for line in done.out.splitlines() if "judged on" in line]
+    assert len(of) == 1 and of[0].startswith("stripes")
+    done = run(*words, *data, "--out", tmp_path / "b.bank", "--json")
+    found = json.loads(done.out)["domains"]
+    assert [found[name]["judged_on"] for name in ("stripes", "signs", "digits")] == [
+        "val",
+        "test",
+        "",
+    ]
+
+
 def test_with_data_it_measures_tunes_and_draws(run, stored, photos, tmp_path):
     out = tmp_path / "half.bank"
     done = run(
@@ -158,7 +178,8 @@ def test_a_stop_leaves_nothing(run, stored, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compressing, "_add", stopping)
-    assert run("compress", stored, "--keep", 0.5, "--out", tmp_path / "b.bank").status == 1
+    stopped = run("compress", stored, "--keep", 0.5, "--out", tmp_path / "b.bank")
+    assert (stopped.status, stopped.err.splitlines()[-1]) == (1, "error: stopped.")
     assert not list(tmp_path.iterdir())
 
 

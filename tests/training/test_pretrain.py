@@ -6,7 +6,7 @@ from safetensors import safe_open
 
 import onetrunk as ot
 from onetrunk.data import Preprocessing
-from onetrunk.errors import BackboneError, DamagedError, TrainingError
+from onetrunk.errors import AttachError, BackboneError, DamagedError, TrainingError
 from onetrunk.training.pretrain import pretraining, trunk, write_trunk
 
 SEEN = Preprocessing(size_px=16, crop_ratio=16 / 18)
@@ -56,6 +56,13 @@ def test_with_its_adapters_folded_in_a_file_is_the_network_that_was_trained(tmp_
     torch.testing.assert_close(whole(x), model(x), rtol=1e-4, atol=1e-4)
     write_trunk(path, model, {}, half=False)
     assert not torch.allclose(ot.backbone(FORM, weights=path).eval()(x), model(x), rtol=0.1)
+
+
+@pytest.mark.parametrize("family", [ot.Norm(), ot.Head(), ot.Full()], ids=str)
+def test_a_family_without_layers_of_its_own_is_refused(family):
+    net = ot.backbone(FORM, pretrained=False)
+    with pytest.raises(AttachError, match=f"{family} puts nothing in place beside the filters"):
+        pretraining(net, CLASSES, family, preprocessing=SEEN)
 
 
 def test_adapters_that_do_not_fold_into_the_backbones_own_layers_are_refused(tmp_path):

@@ -112,7 +112,7 @@ def run_cell(cell: Cell, ledger: Ledger, work: Path) -> dict[str, Any]:
         **figures(cell, model, setting),
         **facts,
         "n_train": len(setting.train),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(facts.get("seconds", 0) + time.monotonic() - started, 1),
     }
     if adapts(cell.method):  # a compression may be of it
         _keep(cell, setting, model, record, work)
@@ -208,7 +208,12 @@ def _tuned(
     if model is None:  # of another seed, or trained before an interruption
         model, _ = _trained(cell, method, setting, tuning, work)
     facts = _facts(recipe_of(cell, method, tuning, len(setting.train)), method)
-    return model, {"trials": list(trials.done.values()), "factor": tuning.factor, **facts}
+    return model, {
+        "trials": list(trials.done.values()),
+        "factor": tuning.factor,
+        "seconds": trials.seconds if tuned == cell else 0,
+        **facts,
+    }
 
 
 def _trained(
@@ -278,6 +283,7 @@ class _Trials:
         self.ledger, self.work = ledger, work
         self.done: dict[Tuning, dict[str, Any]] = {}
         self.models: dict[Tuning, nn.Module] = {}  # of those that were trained here
+        self.seconds = 0.0  # of those that were trained in an earlier run
 
     def accuracy(self, tuning: Tuning) -> float:
         """The accuracy on validation images; 0 where the learning rate is too high for the cell."""
@@ -289,10 +295,16 @@ class _Trials:
 
     def _known(self, tuning: Tuning) -> float:
         key = _trial_key(self.cell, tuning)
-        if (known := self.ledger.read().get(key)) is None:
-            known = {"key": key, "kind": "trial", "val_accuracy": self._train(tuning)}
-            self.ledger.append(known)
-        return float(known["val_accuracy"])
+        if (known := self.ledger.read().get(key)) is not None:
+            self.seconds += known.get("seconds", 0)
+            return float(known["val_accuracy"])
+        started = time.monotonic()
+        accuracy = self._train(tuning)
+        seconds = round(time.monotonic() - started, 1)
+        self.ledger.append(
+            {"key": key, "kind": "trial", "val_accuracy": accuracy, "seconds": seconds}
+        )
+        return accuracy
 
     def _train(self, tuning: Tuning) -> float:
         try:

@@ -20,7 +20,7 @@ from ..bank.bank import Bank, is_bank
 from ..core.activations import activation_covariances
 from ..core.attach import domain_of
 from ..core.compress import compress, rebuilt
-from ..errors import DataError
+from ..errors import DataError, DivergedError
 from ..training.evaluate import evaluate
 from ..training.fit import fit
 from ..training.jointly import RATES, tune_basis
@@ -109,8 +109,8 @@ def run_compressed(cell: Cell, group: Group, ledger: Ledger, work: Path) -> dict
 
 
 def compressed_key(cell: Cell, group: Group) -> str:
-    """The digest under which a compressed cell's record is kept: all its domains matter."""
-    return digest_of({**cell.configuration(), "with": sorted(c.domain for c in group)})
+    """The digest under which a compressed cell's record is kept: all its domains' images matter."""
+    return digest_of({**cell.configuration(), "with": sorted(source_of(c).key for c in group)})
 
 
 def factored_path(group: Group, work: Path) -> Path:
@@ -213,9 +213,7 @@ def _tuned(
     for rate in RATES:
         candidate = _copy(model)
         recipe = _recipe(cell, source, rate)
-        for _ in fit(candidate, setting.train, recipe, val=setting.val, graphed=cell.graphed):
-            pass
-        accuracy = evaluate(candidate, setting.val).accuracy
+        accuracy = _trained_on(candidate, setting, recipe, cell.graphed)
         trials.append({"lr": recipe.lr, "decay": recipe.decay_adapter, "val_accuracy": accuracy})
         if accuracy > best_accuracy:
             best, best_accuracy, chosen = candidate, accuracy, recipe.lr
@@ -224,6 +222,7 @@ def _tuned(
     return {
         **record,
         "numbers": record["numbers"] + own,
+        "epochs": cell.protocol.tune_epochs if chosen else 0,
         "trials": trials,
         "lr": chosen,
         "decay": source.decay,
@@ -231,6 +230,16 @@ def _tuned(
         "n_train": len(setting.train),
         "seconds": round(seconds + time.monotonic() - started, 1),
     }
+
+
+def _trained_on(model: nn.Module, setting: Setting, recipe: Recipe, graphed: bool) -> float:
+    """The accuracy on validation images after a training; 0 where its rate is too high."""
+    try:
+        for _ in fit(model, setting.train, recipe, val=setting.val, graphed=graphed):
+            pass
+    except DivergedError:
+        return 0.0
+    return evaluate(model, setting.val).accuracy
 
 
 def _copy(model: nn.Module) -> nn.Module:

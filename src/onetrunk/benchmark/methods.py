@@ -204,7 +204,10 @@ def read_method(text: str) -> Method:
                 f"method {text!r}: {at!r} is no place. Use stages with + between "
                 f"({', '.join(STAGES)}), first or second."
             )
-        return Placed(read_family(form), at)
+        placed = Placed(read_family(form), at)
+        if at and not adapts(placed):
+            raise SpecError(f"method {text!r}: {name} is placed at no layer. Leave @{at} out.")
+        return placed
     if name not in _BUILDERS:
         raise written.unknown("method", name, (*_BUILDERS, *FAMILIES))
     if at:
@@ -228,8 +231,8 @@ def _in_one_form(method: Method) -> Method:
 
 
 def adapts(form: object, kinds: Any = Placed | Allocate | Uniform) -> bool:
-    """Whether `form` writes a method of these kinds that puts adapters at layers."""
-    found = read_method(form) if isinstance(form, str) else None
+    """Whether `form`, a method or its text, is of these kinds and puts adapters at layers."""
+    found = read_method(form) if isinstance(form, str) else form
     if isinstance(found, Placed):
         return found.family.scope == "adapters" and not isinstance(found.family, Norm)
     return isinstance(found, kinds)
@@ -238,6 +241,11 @@ def adapts(form: object, kinds: Any = Placed | Allocate | Uniform) -> bool:
 def _check(method: Method, text: str) -> None:
     if isinstance(method, Lora) and not adapts(method.like, Placed):
         raise SpecError(f"method {text!r}: `like` names an adapter family, e.g. 'parallel'.")
+    for option in ("norms", "weighted"):
+        if isinstance(method, Lora | Compressed) and not isinstance(
+            getattr(method, option, True), bool
+        ):
+            raise SpecError(f"method {text!r}: {option} is True or False.")
     if isinstance(method, Compressed):
         if not adapts(method.of):
             raise SpecError(f"method {text!r}: `of` names a method with adapters.")

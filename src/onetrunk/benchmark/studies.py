@@ -13,7 +13,7 @@ from typing import Any
 from .. import written
 from ..core.plan import default_family
 from ..core.trace import trace
-from ..errors import TrainingError
+from ..errors import DataError, TrainingError
 from .cells import Trunk, backbone_of
 from .methods import Compressed, Lora, read_method
 from .protocol import FULL, SMALL, Protocol
@@ -163,12 +163,18 @@ def _written(name: str, **fields: object) -> str:
 def _study(
     name: str, wish: Wish, trunk: Trunk, methods: Sequence[str], protocol: Protocol | None = None
 ) -> Study:
-    found = tuple(dict.fromkeys(domains_in(wish.data, wish.domains)))
+    found = tuple(dict.fromkeys(domains_in(wish.data, wish.domains, out=wish.out)))
+    domains = found if wish.domains else tuple(domain for domain in found if domain != BASE)
+    if not domains:
+        raise DataError(
+            f"{wish.data} has no domain but {BASE}, on which the packaged ResNet-26 was "
+            f"pretrained. Add others, or name it: --domains {BASE}."
+        )
     return Study(
         name=name,
         data=wish.data,
         trunks=((trunk, protocol or _protocol(trunk, wish.full)),),
-        domains=found if wish.domains else tuple(d for d in found if d != BASE),
+        domains=domains,
         methods=tuple(dict.fromkeys(str(read_method(method)) for method in methods)),
         seeds=tuple(dict.fromkeys(wish.seeds)),
         work=wish.out,

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -97,6 +98,10 @@ class Study:
 
 
 MAX_WORDS = 400  # of an error that is not ours
+KILLED = (
+    "not computed, as one of the processes was killed (out of memory?). Run the command again, "
+    "with fewer --workers."
+)
 
 
 @dataclass
@@ -107,15 +112,30 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
-def domains_in(folder: Path, asked: Sequence[str] = ()) -> tuple[str, ...]:
+def domains_in(
+    folder: Path, asked: Sequence[str] = (), *, out: Path | None = None
+) -> tuple[str, ...]:
     """The names of the domains in `folder`, or those that were asked for.
 
+    Args:
+        out: where results go, which is no domain even if it is below `folder`.
+
     Raises:
-        DataError: where there is no such folder or domain.
+        DataError: where there is no such folder or domain, or its name is not valid UTF-8.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Give a folder with one source a domain below it.")
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    results = () if out is None else (out.resolve(), *out.resolve().parents)
+    found = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_dir() and not path.name.startswith(".") and path.resolve() not in results
+    )
+    for name in found:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{folder}: the name of domain {name!r} is not valid UTF-8.") from error
     missing = [name for name in asked if name not in found]
     if missing or not found:
         raise DataError(
@@ -127,7 +147,7 @@ def domains_in(folder: Path, asked: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 def run(study: Study, workers: int = 1, progress: Progress | None = None) -> Outcome:
-    """Computes what is missing of a study and returns the records of all its cells.
+    """Computes what is missing of a study and returns the records of all its finished cells.
 
     Raises:
         OnetrunkError: for a method that cannot be read; nothing is computed then.
@@ -145,11 +165,10 @@ def run(study: Study, workers: int = 1, progress: Progress | None = None) -> Out
             if failure:
                 outcome.failures.append(failure)
                 total -= job.n_waiting
-            elif record is not None:
-                outcome.records.append(record)
             note = job.what if record is None else f"{job.what}: {record['test_accuracy']:.3f}"
             if progress is not None:
                 progress(done, total, note)
+    outcome.records = known(study)
     return outcome
 
 
@@ -230,12 +249,11 @@ def known(study: Study) -> list[dict[str, Any]]:
     keys += [
         (cell, compressed_key(cell, group)) for group in study.compressions() for cell in group
     ]
-    return [_of(cell, records[key]) for cell, key in keys if key in records]
-
-
-def _of(cell: Cell, record: dict[str, Any]) -> dict[str, Any]:
-    """A record under the names of this study: it may have been computed for another."""
-    return {**record, "study": cell.study, "backbone": str(cell.trunk)}
+    return [  # under the names of this study: one may have been computed for another
+        {**records[key], "study": cell.study, "backbone": str(cell.trunk)}
+        for cell, key in keys
+        if key in records
+    ]
 
 
 def _results(
@@ -248,12 +266,24 @@ def _results(
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = {pool.submit(_attempt, job, ledger, folder): job for job in jobs}
+        futures = {pool.submit(_attempt_in_worker, job, ledger, folder): job for job in jobs}
         try:
             for future in as_completed(futures):
-                yield futures[future], *future.result()
+                job = futures[future]
+                try:
+                    yield job, *future.result()
+                except BrokenProcessPool:
+                    yield job, None, f"{job.what}: {KILLED}"
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _attempt_in_worker(job: Job, ledger: Ledger, folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """As `_attempt`; on Ctrl-C the process ends, as it would take the next job otherwise."""
+    try:
+        return _attempt(job, ledger, folder)
+    except KeyboardInterrupt:  # the training has left its checkpoint
+        os._exit(1)
 
 
 def _attempt(job: Job, ledger: Ledger, folder: Path) -> tuple[dict[str, Any] | None, str]:
@@ -263,7 +293,7 @@ def _attempt(job: Job, ledger: Ledger, folder: Path) -> tuple[dict[str, Any] | N
         return None, f"{job.what}: {error}"
     except Exception as error:  # a rival's, or out of memory: the other cells go on
         return None, f"{job.what}: {type(error).__name__}: {error}"[:MAX_WORDS]
-    return (None if record is None else _of(job.cell, record)), ""
+    return record, ""
 
 
 def _start_worker() -> None:

@@ -788,7 +788,8 @@ def main() -> None:
     except KeyboardInterrupt:
         may_resume = sys.argv[1:2] in (["train"], ["allocate"], ["pretrain"])
         resumes = " A training goes on with --resume." if may_resume else ""
-        _fail(f"stopped; nothing half-written is left.{resumes}")
+        left = "" if sys.argv[1:2] == ["compress"] else "; nothing half-written is left"  # it says
+        _fail(f"stopped{left}.{resumes}")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -207,7 +207,7 @@ def _listed(text: str, between: str) -> tuple[str, ...]:
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
-        numbers = tuple(int(part) for part in _listed(text, ","))
+        numbers = tuple(dict.fromkeys(int(part) for part in _listed(text, ",")))
     except ValueError:
         numbers = ()
     if not numbers:

@@ -10,8 +10,13 @@ from .console import Screen, counted, percent, size
 
 @dataclass
 class Figures:
-    """What is known of one domain: accuracies, bytes of its file, why something was not done."""
+    """What is known of one domain: accuracies, bytes of its file, why something was not done.
 
+    Args:
+        judged_on: the images of its accuracies: test, or validation where it has no others.
+    """
+
+    judged_on: str = ""
     before: float | None = None
     compressed: float | None = None
     tuned: float | None = None
@@ -95,7 +100,7 @@ def show(
             ),
             size(known.bytes_before),
             size(known.bytes_after),
-            known.note,
+            "; ".join(filter(None, (known.note, ON_VALIDATION * (known.judged_on == "val")))),
         )
         for name, known in summary.domains.items()
     ]
@@ -115,3 +120,4 @@ def show(
 
 
 LITTLE = 0.9  # of the share that was asked for
+ON_VALIDATION = "judged on validation images"

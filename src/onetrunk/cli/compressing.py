@@ -127,6 +127,7 @@ def _make(
     """Makes the new bank, an unfinished one where domains are to be tuned."""
     found = _compressed(models, parts, seen, request, screen)
     for name, data in parts.items():
+        figures[name].judged_on = data.judged_on
         figures[name].before = _accuracy(models[name], data.judged, f"{name} before", screen)
         figures[name].compressed = _accuracy(found[name], data.judged, f"{name} after", screen)
     summary = Summary.of(found, figures)

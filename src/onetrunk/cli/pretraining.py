@@ -1,6 +1,7 @@
 """pretrain: a backbone's own weights from a data source, into one safetensors file."""
 
 import platform
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,8 @@ def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) 
     for name, accuracy in accuracies.items():
         screen.say(f"  {name.replace('_', ' ')} {percent(accuracy)}")
     screen.say(f"{request.out}: {size(n_bytes)}, {card['seconds']} s")
-    screen.say(f'use it: onetrunk new BANK --backbone "{request.backbone}" --weights {request.out}')
+    out = shlex.quote(str(request.out))
+    screen.say(f'use it: onetrunk new BANK --backbone "{request.backbone}" --weights {out}')
     epochs = request.recipe.n_epochs(len(data["train"]))
     screen.finish({**card, "out": str(request.out), "epochs": epochs, "bytes": n_bytes})
 

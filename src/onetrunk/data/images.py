@@ -107,13 +107,13 @@ class Images(Dataset[tuple[Image.Image, int]]):
         return f"Images({len(self)} images, {len(self.classes)} classes)"
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, labels, classes, encoded bytes and arrays, and the sizes of files."""
+        """SHA-256 over names, labels, classes and the bytes of files, encoded images and arrays."""
         facts = [list(self.classes), list(self.names), self.labels.tolist()]
         digest = hashlib.sha256(json.dumps(facts).encode())
         for row in self._rows:
             source = self._sources[row]
             if isinstance(source, str | os.PathLike):
-                content = str(os.stat(source).st_size).encode()
+                content = Path(source).read_bytes()
             elif isinstance(source, bytes):
                 content = source
             else:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core.attach import domain_of
 from ..core.compress import with_frozen_basis, with_trainable_basis
-from ..errors import TrainingError
+from ..errors import DivergedError, TrainingError
 from .evaluate import evaluate
 from .examples import Progress
 from .fit import Step, fit
@@ -116,22 +116,25 @@ def tune_basis(
             f"domain {lacking!r} has no validation data, which says whether the basis is better. "
             "Give val for every domain."
         )
-    loose = [with_trainable_basis(models) for _ in RATES]
 
     def mean_accuracy(found: Mapping[str, nn.Module]) -> float:
         return fmean(evaluate(found[name], val[name], device=device).accuracy for name in found)
 
     best, best_accuracy, n_done = dict(models), mean_accuracy(models), 0
-    for rate, candidates in zip(RATES, loose, strict=True):
+    for rate in RATES:
+        candidates = with_trainable_basis(models)
         slower = {
             name: dataclasses.replace(own, lr=own.lr * rate, lr_full=own.lr_full * rate)
             for name, own in recipes.items()
         }
         n_steps: dict[str, int] = {}
-        for name, step in fit_jointly(candidates, train, slower, device=device):
-            n_steps[name], n_done = step.n_steps, n_done + 1
-            if progress is not None and len(n_steps) == len(models):
-                progress(n_done, sum(n_steps.values()) * len(RATES))
+        try:
+            for name, step in fit_jointly(candidates, train, slower, device=device):
+                n_steps[name], n_done = step.n_steps, n_done + 1
+                if progress is not None and len(n_steps) == len(models):
+                    progress(n_done, sum(n_steps.values()) * len(RATES))
+        except DivergedError:
+            continue  # too high a rate is no better one
         found = with_frozen_basis(candidates)
         accuracy = mean_accuracy(found)
         if accuracy > best_accuracy:

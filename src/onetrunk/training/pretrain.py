@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.written_form import WEIGHTS_CARD, stock_form, written_form
-from ..core.adapters import Family, Full
+from ..core.adapters import Family, Full, Norm
 from ..core.attach import attach, build, domain_of
 from ..core.merge import merge
 from ..core.plan import Where, place
 from ..core.trace import trace
 from ..core.tree import original_names
 from ..data import Preprocessing
-from ..errors import TrainingError
+from ..errors import AttachError, TrainingError
 from ..files import reason, write_atomically
 from ..tensorfile import pack
 
@@ -56,6 +56,11 @@ def pretraining(
     )
     if adapter is None:
         return whole
+    if adapter.scope != "adapters" or isinstance(adapter, Norm):
+        raise AttachError(
+            f"{adapter} puts nothing in place beside the filters, which are trained anyway. Give "
+            "series, or leave it out."
+        )
     plan, skipped = place(adapter, Where(), trace(backbone, size))
     domain = domain_of(whole)
     return build(

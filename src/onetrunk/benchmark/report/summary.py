@@ -194,9 +194,22 @@ def paired(rows: Sequence[Row], baseline: Sequence[Row]) -> Paired | None:
 
 
 def common(rows: Sequence[Row], baseline: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Pairs of the same domain, seed and images a class, in the order of `rows`."""
-    others = {_cell(row): row for row in baseline}
-    return [(row, others[_cell(row)]) for row in rows if _cell(row) in others]
+    """Pairs of the same domain, seed and images a class, in the order of `rows`.
+
+    A linear probe on all images is of every seed.
+    """
+    others = grouped(baseline, _cell)
+    pairs = []
+    for row in rows:
+        domain, seed, level = _cell(row)
+        if seed is None:
+            found = [
+                other for other in baseline if (other.domain, other.per_class) == (domain, level)
+            ]
+        else:
+            found = others.get((domain, seed, level)) or others.get((domain, None, level), [])
+        pairs += [(row, other) for other in found]
+    return pairs
 
 
 def lr_edge(row: Row) -> str | None:
@@ -284,5 +297,6 @@ def _accuracies(rows: Sequence[Row]) -> list[float]:
     return [row.test_accuracy for row in rows]
 
 
-def _cell(row: Row) -> tuple[str, int, int | None]:
-    return row.domain, row.seed, row.per_class
+def _cell(row: Row) -> tuple[str, int | None, int | None]:
+    seed = None if row.method == PROBE and row.per_class is None else row.seed
+    return row.domain, seed, row.per_class

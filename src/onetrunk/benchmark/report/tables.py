@@ -230,7 +230,8 @@ def _method_notes(
     if any(summary.paired for summary in summaries):
         notes.append(
             f"Against {label}: over the cells (domain and seed) that both have; 95 % interval of a "
-            "paired t over the domains, for one comparison: of many, some leave out zero by chance."
+            "paired t over the domains (over the seeds of a single one), for one comparison: of "
+            "many, some leave out zero by chance."
         )
     if any(summary.score for summary in summaries):
         notes.append(
@@ -313,7 +314,8 @@ def _difference_table(rows: Sequence[Row], shown: Sequence[MethodLabel], referen
         lines.append((method.label, *cells))
     note = (
         "Over the cells (domain and seed) that both have; 95 % interval of a paired t over the "
-        "domains, for one comparison: of many, some leave out zero by chance."
+        "domains (over the seeds of a single one), for one comparison: of many, some leave out "
+        "zero by chance."
     )
     head = ("method", *map(_level, columns))
     return Table(f"Against {_label(shown, reference)}, points", head, tuple(lines), (note,))

@@ -1,12 +1,10 @@
 """transfer: accuracy against images a class, and a sentence a backbone that says who wins where."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .rows import MethodLabel, Row
 from .summary import (
-    PROBE,
     REFERENCE,
     Paired,
     Spread,
@@ -100,7 +98,7 @@ def sentence(
     text = "; ".join(_run(run, labels) for run in runs) + "."
     left_out = sorted({labels.get(m, m) for contest in found for m in contest.incomplete})
     if any(contest.difference.clear for contest in found):
-        text += " Clearly: the paired 95 % interval leaves out zero."
+        text += " Clearly: the paired 95 % interval leaves out zero, of many some by chance."
     if left_out:
         text += f" Left out where cells are missing: {_listed(left_out)}."
     return text
@@ -109,10 +107,8 @@ def sentence(
 def _contest(level: Level, rows: Sequence[Row], reference: str) -> Contest | None:
     of_method = grouped(rows, lambda row: row.method)
     baseline = of_method.pop(reference, [])
-    if level is None and PROBE in of_method:
-        of_method[PROBE] = _of_every_seed(of_method[PROBE], baseline)
     cells = {
-        name: frozenset((row.domain, row.seed) for row, _ in common(group, baseline))
+        name: frozenset((other.domain, other.seed) for _, other in common(group, baseline))
         for name, group in of_method.items()
     }
     most = max(cells.values(), key=len, default=frozenset())
@@ -126,13 +122,6 @@ def _contest(level: Level, rows: Sequence[Row], reference: str) -> Contest | Non
     if found[best].mean > 0:
         return Contest(level, best, reference, found[best], incomplete)
     return Contest(level, reference, best, _reversed(found[best]), incomplete)
-
-
-def _of_every_seed(rows: Sequence[Row], baseline: Sequence[Row]) -> list[Row]:
-    """A linear probe on all images, which is one cell whatever the seed, as a row of each seed."""
-    seeds = sorted({row.seed for row in baseline})
-    of_domain = {row.domain: row for row in rows}
-    return [dataclasses.replace(row, seed=s) for row in of_domain.values() for s in seeds]
 
 
 def _reversed(found: Paired) -> Paired:
