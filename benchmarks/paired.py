@@ -40,6 +40,7 @@ def main() -> None:
         if method not in found:
             parser.error(f"no cell of {method!r} there; there are {', '.join(sorted(found))}")
     mine, theirs = of[arguments.method], other[arguments.other]
+    reference = of.get(REFERENCE) or other.get(REFERENCE, [])
     tell("all seeds", mine, theirs)
     for seed in sorted({row.seed for row in mine}):
         pairs = common([row for row in mine if row.seed == seed], theirs)
@@ -47,11 +48,11 @@ def main() -> None:
             continue
         tell(f"seed {seed}", *map(list, zip(*pairs, strict=True)))
         for side in zip(*pairs, strict=True):
-            points = score(list(side), of[REFERENCE])
+            points = score(list(side), reference)
             if points is not None:
                 print(f"  S {points.total:.0f} of {points.reference:.0f}")
     print("learning rates of seed 0:", Counter(f"{r.lr:g}" for r in mine if not r.seed and r.lr))
-    gains = domain_means(common(of[REFERENCE], of.get("head", [])))  # fine-tuning over the probe
+    gains = domain_means(common(reference, of.get("head", [])))  # fine-tuning over the probe
     mean = domain_means(common(mine, theirs))
     for domain, points in sorted(mean.items(), key=lambda item: -item[1]):
         print(f"  {domain:14} {100 * points:+.1f}")
