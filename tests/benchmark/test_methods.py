@@ -6,7 +6,7 @@ from onetrunk.benchmark.methods import read_method
 from onetrunk.errors import AttachError, SpecError
 
 FORMS = (
-    "head", "full", "scratch", "parallel", "lowrank(rank=4)", "parallel@late",
+    "head", "full", "full@late", "scratch", "parallel", "lowrank(rank=4)", "parallel@late",
     "lowrank(rank=4)@early+mid", "series@first", "allocate(budget='1%')",
     "allocate(budget='1%', by='trained')", "allocate(budget='1%', layers='auto')",
     "allocate(budget='1%', norms='none')", "uniform(budget='2%')",

@@ -204,10 +204,10 @@ def read_method(text: str) -> Method:
                 f"method {text!r}: {at!r} is no place. Use stages with + between "
                 f"({', '.join(STAGES)}), first or second."
             )
-        placed = Placed(read_family(form), at)
-        if at and not adapts(placed):
+        family = read_family(form)
+        if at and (family.scope == "head" or isinstance(family, Norm)):
             raise SpecError(f"method {text!r}: {name} is placed at no layer. Leave @{at} out.")
-        return placed
+        return Placed(family, at)
     if name not in _BUILDERS:
         raise written.unknown("method", name, (*_BUILDERS, *FAMILIES))
     if at:
@@ -231,8 +231,8 @@ def _in_one_form(method: Method) -> Method:
 
 
 def adapts(form: object, kinds: Any = Placed | Allocate | Uniform) -> bool:
-    """Whether `form`, a method or its text, is of these kinds and puts adapters at layers."""
-    found = read_method(form) if isinstance(form, str) else form
+    """Whether `form` writes a method of these kinds that puts adapters at layers."""
+    found = read_method(form) if isinstance(form, str) else None
     if isinstance(found, Placed):
         return found.family.scope == "adapters" and not isinstance(found.family, Norm)
     return isinstance(found, kinds)
