@@ -53,7 +53,7 @@ def test_recomputing_changes_no_number(short, bank):
     [
         (("--cache", 1), 1, "no frozen trunk to take features from: stem.adapter learns"),
         (("--cache", 1, "--stages", "late"), 1, "only 1.6% of the multiply-adds are before it"),
-        (("--norms", "some"), 1, "norms='some': give 'all' or 'placed'"),
+        (("--norms", "some"), 1, "norms='some': give 'all', 'placed' or 'none'"),
         (("--norms", "placed", "--adapter", "norm"), 1, "norm adapts no single layer"),
         (("--graphed", "--device", "cpu"), 1, "fit(graphed=True) on cpu with 1 process(es)"),
         (("--cache", -1), 2, "'--cache'"),

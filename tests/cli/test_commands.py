@@ -374,7 +374,12 @@ def test_a_file_is_named_after_its_domain_by_default(run, bank, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("verb", "says"), [("train", "goes on with --resume."), ("compress", "nothing half-written is")]
+    ("verb", "says"),
+    [
+        ("train", "goes on with --resume."),
+        ("compress", "error: stopped.\n"),  # it says itself what is left
+        ("new", "nothing half-written is"),
+    ],
 )
 def test_ctrl_c_speaks_of_resuming_where_that_can_be_done(run, monkeypatch, verb, says):
     def stopped(**_options):
