@@ -216,6 +216,8 @@ def test_norms_that_stay_the_backbones_are_held_whatever_the_recipe_says(make_ne
     for statistics in ("auto", "batch", "running"):
         recipe = ot.Recipe(norm_statistics=statistics)  # type: ignore[arg-type]
         assert len(held_norms(model, recipe, 2_000)) == n_norms
+    probe = ot.attach(net, ot.Head(), ("ant", "bee"), input_size=(3, 16, 16))
+    assert not held_norms(probe, ot.Recipe(norm_statistics="batch"), 2_000)  # asked for nothing
 
 
 def test_nothing_to_train_is_an_error(make_model: Make, make_tensors: Make) -> None:
