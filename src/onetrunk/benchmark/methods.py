@@ -239,14 +239,14 @@ def adapts(form: object, kinds: Any = Placed | Allocate | Uniform) -> bool:
 
 
 def _check(method: Method, text: str) -> None:
-    if isinstance(method, Lora) and not adapts(method.like, Placed):
-        raise SpecError(f"method {text!r}: `like` names an adapter family, e.g. 'parallel'.")
-    for option in ("norms", "weighted"):
-        if isinstance(method, Lora | Compressed) and not isinstance(
-            getattr(method, option, True), bool
-        ):
-            raise SpecError(f"method {text!r}: {option} is True or False.")
+    if isinstance(method, Lora):
+        if not adapts(method.like, Placed):
+            raise SpecError(f"method {text!r}: `like` names an adapter family, e.g. 'parallel'.")
+        if not isinstance(method.norms, bool):
+            raise SpecError(f"method {text!r}: `norms` is True or False.")
     if isinstance(method, Compressed):
+        if not isinstance(method.weighted, bool):
+            raise SpecError(f"method {text!r}: `weighted` is True or False.")
         if not adapts(method.of):
             raise SpecError(f"method {text!r}: `of` names a method with adapters.")
         if not isinstance(method.keep, int | float) or not 0 < method.keep <= 1:

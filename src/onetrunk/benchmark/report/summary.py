@@ -198,18 +198,7 @@ def common(rows: Sequence[Row], baseline: Sequence[Row]) -> list[tuple[Row, Row]
 
     A linear probe on all images is of every seed.
     """
-    others = grouped(baseline, _cell)
-    pairs = []
-    for row in rows:
-        domain, seed, level = _cell(row)
-        if seed is None:
-            found = [
-                other for other in baseline if (other.domain, other.per_class) == (domain, level)
-            ]
-        else:
-            found = others.get((domain, seed, level)) or others.get((domain, None, level), [])
-        pairs += [(row, other) for other in found]
-    return pairs
+    return [(row, other) for row in rows for other in baseline if _of_one_cell(row, other)]
 
 
 def lr_edge(row: Row) -> str | None:
@@ -297,6 +286,8 @@ def _accuracies(rows: Sequence[Row]) -> list[float]:
     return [row.test_accuracy for row in rows]
 
 
-def _cell(row: Row) -> tuple[str, int | None, int | None]:
-    seed = None if row.method == PROBE and row.per_class is None else row.seed
-    return row.domain, seed, row.per_class
+def _of_one_cell(row: Row, other: Row) -> bool:
+    if (row.domain, row.per_class) != (other.domain, other.per_class):
+        return False
+    drawn = row.per_class is not None or PROBE not in (row.method, other.method)
+    return row.seed == other.seed or not drawn
