@@ -24,7 +24,7 @@ import onetrunk as ot
 from onetrunk.benchmark import cells
 from onetrunk.benchmark.methods import read_method
 from onetrunk.benchmark.protocol import SMALL
-from onetrunk.core.attach import delta
+from onetrunk.core.domain import delta
 from onetrunk.training.fit import standard_error
 
 RESULTS = Path(__file__).parent / "results" / "epochs.jsonl"

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 import onetrunk as ot
 from onetrunk.backbones import fingerprint
 from onetrunk.core.adapters import Family
-from onetrunk.core.attach import attach, build, delta, domain_of
+from onetrunk.core.attach import attach, build
+from onetrunk.core.domain import delta, domain_of
 from onetrunk.core.merge import difference, merge
 from onetrunk.core.trace import timm_classifier, trace
 from onetrunk.core.tree import is_norm

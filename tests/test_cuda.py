@@ -20,7 +20,7 @@ from onetrunk.benchmark.protocol import Protocol
 from onetrunk.benchmark.speed.subjects import take_apart
 from onetrunk.benchmark.study import Study, domains_in, run
 from onetrunk.core.adapters import read_family
-from onetrunk.core.attach import delta
+from onetrunk.core.domain import delta
 from onetrunk.data import Preprocessing
 from onetrunk.export import export, export_together
 
@@ -95,7 +95,7 @@ def test_a_training_that_stopped_goes_on(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES[:3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_folded_step_has_the_gradients_of_the_plain_one(family, dtype, monkeypatch):
-    monkeypatch.setattr("onetrunk.core.attach.FOLDING_DEVICES", ("cuda",))
+    monkeypatch.setattr("onetrunk.core.adapted.FOLDING_DEVICES", ("cuda",))
     net = network("resnet18").to("cuda", dtype)
     x = torch.rand(4, *SIZE, device="cuda", dtype=dtype)
     gradients = []

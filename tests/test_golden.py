@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import onetrunk as ot
 from onetrunk.backbones import fingerprint, resnet26
-from onetrunk.core.attach import attach, delta
+from onetrunk.core.attach import attach
+from onetrunk.core.domain import delta
 
 FOLDER = Path(
     os.environ.get("ONETRUNK_GOLDEN", Path(__file__).parents[1] / ".." / "shared/data/golden")

@@ -17,7 +17,7 @@ from torch import nn
 import onetrunk as ot
 from onetrunk.backbones import fingerprint
 from onetrunk.bank.bank import Bank
-from onetrunk.core.attach import delta, stored
+from onetrunk.core.domain import delta, stored
 from onetrunk.data import Preprocessing
 from onetrunk.errors import AttachError, BankError, DamagedError, OnetrunkError
 from onetrunk.tensorfile import pack, unpack

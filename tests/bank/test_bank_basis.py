@@ -9,9 +9,10 @@ from onetrunk.bank.bank import Bank
 from onetrunk.bank.basisfile import read_basis, write_basis
 from onetrunk.bank.card import KEYS, read_blueprint
 from onetrunk.core.adapters import Shared
-from onetrunk.core.attach import delta
-from onetrunk.core.compress import compress, with_frozen_basis, with_trainable_basis
+from onetrunk.core.compress import compress
 from onetrunk.core.cost import cost
+from onetrunk.core.domain import delta
+from onetrunk.core.rebuild import with_frozen_basis, with_trainable_basis
 from onetrunk.core.tree import storage_key
 from onetrunk.errors import BankError, DamagedError
 from onetrunk.tensorfile import pack, unpack

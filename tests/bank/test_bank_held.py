@@ -7,8 +7,8 @@ from torch import nn
 import onetrunk as ot
 from onetrunk.bank.bank import Bank
 from onetrunk.bank.card import read_blueprint
-from onetrunk.core.attach import delta
 from onetrunk.core.compress import compress
+from onetrunk.core.domain import delta
 from onetrunk.errors import BankError, DamagedError
 from onetrunk.tensorfile import pack, unpack
 

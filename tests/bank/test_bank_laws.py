@@ -17,7 +17,7 @@ from torch import nn
 import onetrunk as ot
 from onetrunk.backbones import fingerprint
 from onetrunk.bank.bank import Bank
-from onetrunk.core.attach import delta
+from onetrunk.core.domain import delta
 from onetrunk.core.tree import copy_tree
 from onetrunk.errors import OnetrunkError
 

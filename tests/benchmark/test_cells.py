@@ -30,7 +30,7 @@ from onetrunk.benchmark.protocol import Protocol, Tuning
 from onetrunk.benchmark.report import read_rows
 from onetrunk.benchmark.studies import Wish, mini
 from onetrunk.benchmark.study import Study, domains_in, known, run
-from onetrunk.core.attach import domain_of
+from onetrunk.core.domain import domain_of
 from onetrunk.data import load
 from onetrunk.errors import DataError, DivergedError, TrainingError
 from onetrunk.training.recipe import Recipe

@@ -12,7 +12,7 @@ from onetrunk.benchmark.lora import matched_ranks
 from onetrunk.benchmark.methods import read_method
 from onetrunk.benchmark.protocol import Protocol
 from onetrunk.benchmark.setting import Setting
-from onetrunk.core.attach import Adapted
+from onetrunk.core.adapted import Adapted
 from onetrunk.data import Images, Prepared, Preprocessing
 from onetrunk.errors import MissingExtraError
 from onetrunk.training.optimizer import kinds

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import onetrunk as ot
-from onetrunk.core.attach import delta
+from onetrunk.core.domain import delta
 
 LATE = ("--stages", "late", "--norms", "placed")
 

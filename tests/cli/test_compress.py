@@ -8,7 +8,7 @@ import pytest
 import onetrunk as ot
 import onetrunk.cli.compressing as compressing
 from onetrunk.bank.bank import Bank
-from onetrunk.core.compress import with_frozen_basis, with_trainable_basis
+from onetrunk.core.rebuild import with_frozen_basis, with_trainable_basis
 from onetrunk.errors import DivergedError
 from onetrunk.files import DISK
 

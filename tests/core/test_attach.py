@@ -13,14 +13,9 @@ from torch import Tensor, nn
 
 import onetrunk as ot
 from onetrunk.backbones import ResNet26, fingerprint, resnet26
-from onetrunk.core.attach import (
-    Adapted,
-    attach,
-    build,
-    delta,
-    delta_names,
-    domain_of,
-)
+from onetrunk.core.adapted import Adapted
+from onetrunk.core.attach import attach, build
+from onetrunk.core.domain import delta, delta_names, domain_of
 from onetrunk.core.trace import trace
 from onetrunk.core.tree import Frozen, frozen_pairs, storage_key
 from onetrunk.data.preprocessing import Preprocessing

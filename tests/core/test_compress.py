@@ -10,20 +10,13 @@ from torch import Tensor, nn
 import onetrunk as ot
 from onetrunk.core.activations import activation_covariances
 from onetrunk.core.adapters import Shared, read_family
-from onetrunk.core.attach import attach, delta
+from onetrunk.core.attach import attach
 from onetrunk.core.budget import Menu, choose
-from onetrunk.core.compress import (
-    Compressed,
-    compress,
-    compress_within,
-    project,
-    standalone,
-    sweep,
-    with_frozen_basis,
-    with_trainable_basis,
-)
+from onetrunk.core.compress import Compressed, compress, compress_within, project, sweep
 from onetrunk.core.cost import cost
+from onetrunk.core.domain import delta
 from onetrunk.core.merge import merge
+from onetrunk.core.rebuild import standalone, with_frozen_basis, with_trainable_basis
 from onetrunk.core.sites import Site
 from onetrunk.core.tree import storage_key
 from onetrunk.errors import AttachError, CompressError

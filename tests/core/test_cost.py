@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import onetrunk as ot
 from onetrunk.backbones import resnet26
 from onetrunk.core.adapters import Family
-from onetrunk.core.attach import attach, delta
+from onetrunk.core.attach import attach
 from onetrunk.core.cost import cost
+from onetrunk.core.domain import delta
 from onetrunk.errors import AttachError, BackboneError
 
 CLASSES = ["daisy", "rose", "tulip"]

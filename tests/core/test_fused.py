@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import onetrunk as ot
-from onetrunk.core.attach import Adapted, attach
+from onetrunk.core.adapted import Adapted
+from onetrunk.core.attach import attach
 from onetrunk.core.fused import folded_product, pays
 from onetrunk.core.sites import Tap, site_of
 

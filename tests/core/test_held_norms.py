@@ -11,9 +11,10 @@ from torch import Tensor, nn
 import onetrunk as ot
 from onetrunk.backbones import fingerprint, resnet26
 from onetrunk.core.adapters import FAMILIES, Family
-from onetrunk.core.attach import attach, build, delta, stored
+from onetrunk.core.attach import attach, build
 from onetrunk.core.compress import compress
 from onetrunk.core.cost import cost
+from onetrunk.core.domain import delta, stored
 from onetrunk.core.merge import merge
 from onetrunk.core.tree import Frozen, is_norm, own_tensors, storage_key
 from onetrunk.errors import AttachError

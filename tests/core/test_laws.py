@@ -17,9 +17,11 @@ from torch import Tensor, nn
 import onetrunk as ot
 from onetrunk.backbones import fingerprint
 from onetrunk.core import fused
+from onetrunk.core.adapted import Adapted
 from onetrunk.core.adapters import FAMILIES, Family, read_family
-from onetrunk.core.attach import Adapted, attach, delta
+from onetrunk.core.attach import attach
 from onetrunk.core.cost import cost
+from onetrunk.core.domain import delta
 from onetrunk.core.merge import merge
 from onetrunk.core.sites import Site, site_of
 from onetrunk.core.tree import own_tensors, storage_key

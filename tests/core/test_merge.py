@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import onetrunk as ot
 from onetrunk.backbones import fingerprint, resnet26
 from onetrunk.core.adapters import Family
-from onetrunk.core.attach import attach, delta
+from onetrunk.core.attach import attach
+from onetrunk.core.domain import delta
 from onetrunk.core.merge import difference, merge, model_in_eval
 from onetrunk.errors import AttachError, MergeError
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import onetrunk as ot
-from onetrunk.core.attach import attach, delta, domain_of
+from onetrunk.core.attach import attach
+from onetrunk.core.domain import delta, domain_of
 from onetrunk.core.tree import storage_key
 from onetrunk.errors import AttachError, MixError
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import onetrunk as ot
 from onetrunk.backbones import fingerprint
-from onetrunk.core.attach import attach, delta
+from onetrunk.core.attach import attach
+from onetrunk.core.domain import delta
 from onetrunk.core.together import Together
 from onetrunk.core.tree import is_norm
 from onetrunk.errors import AttachError, BackboneError, MixError

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import onetrunk as ot
-from onetrunk.core.attach import delta
+from onetrunk.core.domain import delta
 from onetrunk.errors import BankError, ExportError, MissingExtraError, MixError
 from onetrunk.export import FORMATS, export, export_together
 from onetrunk.export import base as base_module

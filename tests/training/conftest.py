@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import onetrunk as ot
 from onetrunk.core.adapters import Family
-from onetrunk.core.attach import delta
+from onetrunk.core.domain import delta
 from onetrunk.data import Images, Preprocessing
 
 CLASSES = ("ant", "bee", "cat")

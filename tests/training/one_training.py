@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import onetrunk as ot
-from onetrunk.core.attach import delta
+from onetrunk.core.domain import delta
 from onetrunk.data import Images, Preprocessing
 
 CLASSES = ("ant", "bee", "cat")

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import onetrunk as ot
-from onetrunk.core.attach import delta
-from onetrunk.core.compress import compress, with_trainable_basis
+from onetrunk.core.compress import compress
+from onetrunk.core.domain import delta
+from onetrunk.core.rebuild import with_trainable_basis
 from onetrunk.data import Images
 from onetrunk.errors import TrainingError
 from onetrunk.training import cached as module

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import onetrunk as ot
 from onetrunk.backbones import resnet26
-from onetrunk.core.attach import delta
+from onetrunk.core.domain import delta
 from onetrunk.core.trace import trace
 from onetrunk.core.tree import recast, rewired
 from onetrunk.errors import TrainingError

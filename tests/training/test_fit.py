@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import onetrunk as ot
-from onetrunk.core.attach import delta_names
+from onetrunk.core.domain import delta_names
 from onetrunk.errors import DamagedError, DataError, TrainingError
 from onetrunk.training.fit import Loop, Step, fit
 from onetrunk.training.optimizer import held_norms

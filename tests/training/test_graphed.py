@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 import onetrunk as ot
 import onetrunk.training.fit as fit_module
-from onetrunk.core.attach import delta
+from onetrunk.core.domain import delta
 from onetrunk.errors import TrainingError
 from onetrunk.training.graphed import GraphedStep, cuda_graph
 

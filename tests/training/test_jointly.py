@@ -7,7 +7,8 @@ import torch
 
 import onetrunk as ot
 import onetrunk.training.jointly as jointly
-from onetrunk.core.compress import compress, with_frozen_basis, with_trainable_basis
+from onetrunk.core.compress import compress
+from onetrunk.core.rebuild import with_frozen_basis, with_trainable_basis
 from onetrunk.errors import TrainingError
 from onetrunk.training.evaluate import evaluate
 from onetrunk.training.fit import Step, fit

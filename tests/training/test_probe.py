@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import onetrunk as ot
-from onetrunk.core.attach import delta_names
+from onetrunk.core.domain import delta_names
 from onetrunk.errors import TrainingError
 from onetrunk.training import probe
 from onetrunk.training.examples import examples_of

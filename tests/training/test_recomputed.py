@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import onetrunk as ot
 from onetrunk.backbones import resnet26
-from onetrunk.core.attach import delta
+from onetrunk.core.domain import delta
 from onetrunk.errors import AttachError, TrainingError
 from onetrunk.training.cached import cached
 from onetrunk.training.fit import fit

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 import onetrunk as ot
-from onetrunk.core.attach import delta
+from onetrunk.core.domain import delta
 from onetrunk.training.randomness import uninterrupted
 
 N_STEPS, N_KILLS = 12, 20

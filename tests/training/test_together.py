@@ -11,8 +11,10 @@ from torch.utils.data import TensorDataset
 
 import onetrunk as ot
 from onetrunk.backbones import resnet26
-from onetrunk.core.attach import attach, delta
-from onetrunk.core.compress import compress, with_trainable_basis
+from onetrunk.core.attach import attach
+from onetrunk.core.compress import compress
+from onetrunk.core.domain import delta
+from onetrunk.core.rebuild import with_trainable_basis
 from onetrunk.core.together import Together
 from onetrunk.errors import AttachError, DivergedError, MixError, TrainingError
 from onetrunk.training.distributed import World

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import onetrunk as ot
-from onetrunk.core.attach import delta
+from onetrunk.core.domain import delta
 from onetrunk.training.distributed import join
 
 RECIPE = ot.Recipe(epochs=2, batch_size=4, lr=0.02, optimizer="sgd")

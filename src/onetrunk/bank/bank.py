@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from ..backbones import backbone as build_backbone
 from ..backbones import fingerprint
 from ..backbones.written_form import OWN_MODULE, build_empty, load_tensors, read_form, written_form
-from ..core.attach import Domain, backbone_statistics, delta, domain_of, stored
 from ..core.basis import Basis
-from ..core.compress import standalone
+from ..core.domain import Domain, backbone_statistics, delta, domain_of, stored
+from ..core.rebuild import standalone
 from ..core.tree import copy_tree, frozen_pairs, same_bits, storage_key
 from ..errors import BankError, DamagedError, OnetrunkError
 from ..files import PathLike, read_checked, reason, write_atomically

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..core.adapters import Family, read_family
-from ..core.attach import Domain, Scope, build
+from ..core.attach import build
 from ..core.basis import Basis
+from ..core.domain import Domain, Scope
 from ..data import Preprocessing
 from ..errors import BankError, DamagedError
 from .manifest import plain_card

@@ -22,9 +22,9 @@ from ..backbones import fingerprint
 from ..bank.bank import Bank
 from ..bank.names import is_name, suggest
 from ..core.adapters import Head
-from ..core.attach import domain_of, stored
 from ..core.change import relative_change
 from ..core.cost import cost
+from ..core.domain import domain_of, stored
 from ..data import Images, Prepared, Preprocessing, Splits, load
 from ..errors import DataError, DivergedError
 from ..training.evaluate import evaluate

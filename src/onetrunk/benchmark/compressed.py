@@ -18,8 +18,9 @@ from torch import nn
 
 from ..bank.bank import Bank, is_bank
 from ..core.activations import activation_covariances
-from ..core.attach import domain_of
-from ..core.compress import compress, rebuilt
+from ..core.compress import compress
+from ..core.domain import domain_of
+from ..core.rebuild import rebuilt
 from ..errors import DataError, DivergedError
 from ..training.evaluate import evaluate
 from ..training.fit import fit

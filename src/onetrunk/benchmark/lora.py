@@ -11,8 +11,9 @@ import warnings
 
 from torch import nn
 
+from ..core.adapted import Adapted
 from ..core.adapters import Norm
-from ..core.attach import Adapted, domain_of
+from ..core.domain import domain_of
 from ..core.tree import is_norm
 from ..errors import MissingExtraError
 from ..training.randomness import own_draws, reseed

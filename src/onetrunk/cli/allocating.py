@@ -13,9 +13,9 @@ from torch import nn
 from ..bank.bank import Bank
 from ..core.adapters import Parallel
 from ..core.allocate import Allocation, allocate, parse_budget, plan_by_hand
-from ..core.attach import domain_of
 from ..core.basis import Basis
 from ..core.cost import cost
+from ..core.domain import domain_of
 from ..core.plan import Plan, Where
 from ..core.sensitivity import Sensitivity
 from ..errors import AttachError, BankError, SpecError

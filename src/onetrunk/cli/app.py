@@ -473,8 +473,8 @@ def show(bank: BankPath, domain: Domain, as_json: AsJson = False) -> None:
 
     Example: onetrunk show garden.bank flowers
     """
-    from ..core.attach import domain_of
     from ..core.cost import cost
+    from ..core.domain import domain_of
 
     screen = Screen(as_json)
     opened = _open(bank)

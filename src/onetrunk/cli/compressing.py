@@ -19,8 +19,8 @@ from ..bank.folder import UNFINISHED
 from ..core.activations import Covariances, activation_covariances
 from ..core.adapters.shared import Share
 from ..core.allocate import BYTES, budget_parts, parse_budget
-from ..core.attach import domain_of
 from ..core.compress import Compressed, compress, compress_within, factorable, sweep
+from ..core.domain import domain_of
 from ..data import Images, Prepared, Splits
 from ..data.source_folder import images_below
 from ..errors import BankError, CompressError, DataError, DivergedError

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..bank.bank import Bank
-from ..core.attach import domain_of
+from ..core.domain import domain_of
 from ..data import Prepared, load
 from ..errors import ExportError, MissingExtraError
 from ..export import Exported, export, export_together

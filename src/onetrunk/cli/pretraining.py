@@ -11,7 +11,7 @@ from torch import nn
 
 from ..backbones import backbone as build_backbone
 from ..core.adapters import Family
-from ..core.attach import domain_of
+from ..core.domain import domain_of
 from ..data import Prepared, Preprocessing, load
 from ..errors import TrainingError
 from ..files import check_writable, reason

@@ -13,9 +13,10 @@ from torch import nn
 from ..bank.bank import Bank, Card
 from ..bank.folder import UNFINISHED
 from ..core.adapters import Family
-from ..core.attach import Norms, attach, delta, domain_of
+from ..core.attach import Norms, attach
 from ..core.basis import Basis
 from ..core.cost import Cost, cost
+from ..core.domain import delta, domain_of
 from ..core.plan import Plan, Where
 from ..data import Prepared, Preprocessing, Splits, load
 from ..data.options import Fractions

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CompressError
+from .adapted import Adapted
 from .adapters import Adapter
 from .adapters.series import normed
-from .attach import Adapted, domain_of
+from .domain import domain_of
 from .tree import copy_tree
 
 

@@ -7,7 +7,7 @@ very small". Norms and biases are left out: only the weights that mix channels a
 import torch
 from torch import Tensor, nn
 
-from .attach import domain_of, own_size
+from .domain import domain_of, own_size
 from .merge import merge
 from .sites import effective_weight
 from .trace import trace

@@ -20,16 +20,16 @@ from ..errors import CompressError
 from ..tensorfile import fingerprint_of
 from .activations import Activations, Covariances
 from .activations import activation_covariances as activation_covariances
+from .adapted import Adapted
 from .adapters import Family, LowRank, Parallel, Series, Shared
-from .adapters.shared import Of, Share, SharedAdapter
-from .attach import Adapted, build, delta, domain_of, plan_text
+from .adapters.shared import Of, Share
 from .basis import Basis
 from .budget import choose
 from .cost import own_site_tensors
+from .domain import domain_of
+from .rebuild import adapted_at, adapter_at, rebuilt
 from .sites import effective_weight
 from .spectra import AS_IT_WAS, Directions, Spectrum, own_factors
-
-Adapters = Mapping[str, Mapping[str, Tensor]]  # site -> name in the adapter -> numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,112 +244,6 @@ def factorable(model: nn.Module) -> dict[str, str]:
     return {} if domain.basis is not None else dict(_kinds("", model)[0])
 
 
-def standalone(model: nn.Module) -> nn.Module:
-    """The same network without a shared basis: low-rank, parallel and series adapters of its own.
-
-    Raises:
-        AttachError: where `model` is no domain's network.
-    """
-    domain = domain_of(model)
-    plan, adapters = dict(domain.plan), dict[str, dict[str, Tensor]]()
-    for site, family in domain.plan.items():
-        if isinstance(family, Shared):
-            adapter = _adapter(model, site)
-            assert isinstance(adapter, SharedAdapter)
-            plan[site], adapters[site] = _unshared(family, adapter)
-    return rebuilt(model, plan, None, adapters)
-
-
-def with_trainable_basis(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """New networks over a new basis that is trained with them: one parameter in all of them.
-
-    Training one then moves the basis under all the others; `with_frozen_basis` ends it.
-
-    Raises:
-        CompressError: where the networks are not over one basis.
-    """
-    basis = _one_basis(models)
-    loose = replace(
-        basis, factors={s: {n: t.clone() for n, t in f.items()} for s, f in basis.factors.items()}
-    )
-    made = {n: rebuilt(m, domain_of(m).plan, loose, {}) for n, m in models.items()}
-    for site, factors in loose.factors.items():
-        for name in factors:
-            first: nn.Parameter = getattr(_adapter(next(iter(made.values())), site), name)
-            first.requires_grad_(True)
-            for model in made.values():
-                setattr(_adapter(model, site), name, first)
-    return made
-
-
-def with_frozen_basis(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """New networks over the basis as it was trained, a value again that nothing moves.
-
-    Raises:
-        CompressError: where the networks do not share one trained basis.
-    """
-    old = _one_basis(models)
-    factors: dict[str, dict[str, Tensor]] = {}
-    for site, names in old.factors.items():
-        held = [{n: getattr(_adapter(m, site), n) for n in names} for m in models.values()]
-        if any(other[n] is not held[0][n] for other in held for n in names):
-            raise CompressError(
-                f"the domains' factors at {site} are not one parameter, so they were not trained "
-                "together. Give the networks that with_trainable_basis returned."
-            )
-        factors[site] = {n: t.detach().to(names[n]).clone() for n, t in held[0].items()}
-    basis = replace(old, factors=factors)
-    return {n: rebuilt(m, domain_of(m).plan, basis, {}) for n, m in models.items()}
-
-
-@torch.no_grad()
-def rebuilt(
-    model: nn.Module, plan: Mapping[str, Family], basis: Basis | None, adapters: Adapters
-) -> nn.Module:
-    """A new network of the same domain with another plan, on its backbone's device.
-
-    Args:
-        adapters: site -> numbers of its new adapter by name; what is not named there is copied.
-
-    Raises:
-        CompressError: where the network was altered after attach.
-    """
-    domain = domain_of(model)
-    new = build(
-        domain.backbone,
-        scope=domain.scope,
-        family=plan_text(plan),
-        plan=plan,
-        skipped=domain.skipped,
-        classes=domain.classes,
-        head=domain.head,
-        head_features=domain.head_features,
-        preprocessing=domain.preprocessing,
-        input_size=domain.input_size,
-        basis=basis if basis is not None and basis.factors else None,
-        held=domain.held,
-    )
-    values = delta(model)
-    given = {f"{s}.adapter.{n}": t for s, found in adapters.items() for n, t in found.items()}
-    changed = tuple(f"{site}.adapter." for site in adapters)
-    own = delta(new)
-    outside = {name for name in values if not name.startswith(changed)} if changed else {*values}
-    if outside - own.keys() or own.keys() - values.keys() - given.keys():
-        odd = sorted((outside - own.keys()) | (own.keys() - values.keys() - given.keys()))
-        raise CompressError(
-            f"a domain's network was altered after attach: {odd[0]} has no counterpart in a new "
-            "one. Give networks as attach made them."
-        )
-    for name, tensor in own.items():
-        if name in values and values[name].dtype != tensor.dtype:
-            raise CompressError(
-                f"{name} is {values[name].dtype}, and {tensor.dtype} in a network over the "
-                "backbone: bring the domain back to its backbone's type with .to() first."
-            )
-        tensor.copy_(given[name] if name in given else values[name])
-    return new.train(model.training)
-
-
 @dataclass(frozen=True)
 class _Domains:
     """Several domains whose adapters can be taken together.
@@ -393,7 +287,7 @@ class _Domains:
     @torch.no_grad()
     def spectrum(self, site: str, share: Share, covariances: Covariances | None) -> Spectrum:
         """The matrices of all domains at one site, decomposed."""
-        adapted = [_adapted(model, site) for model in self.models.values()]
+        adapted = [adapted_at(model, site) for model in self.models.values()]
         a_doi = torch.stack([_matrix(module.adapter) for module in adapted])
         held = sum(_n_matrix_numbers(module.adapter) for module in adapted)
         limit = sum(_max_rank(module.adapter) for module in adapted)
@@ -480,7 +374,7 @@ class _Task:
     def numbers_of_bytes(self, n_bytes: int) -> int:
         """How many numbers fit into so many bytes: a series adapter's counter has eight."""
         held = self.domains.numbers(self.domains.models, in_bytes=True)
-        adapter = _adapter(next(iter(self.domains.models.values())), next(iter(self.spectra)))
+        adapter = adapter_at(next(iter(self.domains.models.values())), next(iter(self.spectra)))
         width = next(adapter.parameters()).element_size()
         factored = self.numbers_before - self.fixed
         return self.fixed + (n_bytes - (held - factored * width)) // width
@@ -511,7 +405,7 @@ class _Task:
             if directions[site] == AS_IT_WAS:
                 errors[site] = 0.0
                 continue
-            like = next(_adapter(next(iter(models.values())), site).parameters())
+            like = next(adapter_at(next(iter(models.values())), site).parameters())
             exact = spectrum.factors(directions[site])
             own = spectrum.own_factors(exact)
             errors[site] = spectrum.error(exact, own)
@@ -554,21 +448,6 @@ def _print(backbone: nn.Module, known: dict[int, str]) -> str:
     if id(backbone) not in known:
         known[id(backbone)] = fingerprint_of(backbone.state_dict())
     return known[id(backbone)]
-
-
-def _one_basis(models: Mapping[str, nn.Module]) -> Basis:
-    bases = {name: domain_of(model).basis for name, model in models.items()}
-    first = next(iter(bases.values()), None)
-    for name, basis in bases.items():
-        if basis is None or basis != first:
-            raise CompressError(
-                f"domain {name!r} is over {basis or 'no basis'}, the first over "
-                f"{first or 'no basis'}: a basis is trained by the domains over it. Give the "
-                "networks of one compress."
-            )
-    if first is None:
-        raise CompressError("there are no networks: give those of one compress, by name.")
-    return first
 
 
 def _kinds(name: str, model: nn.Module) -> tuple[dict[str, Of], dict[str, str]]:
@@ -617,16 +496,6 @@ def _found(covariances: Covariances, name: str, site: str) -> Activations:
         ) from None
 
 
-def _adapted(model: nn.Module, site: str) -> Adapted:
-    module = model.get_submodule(site)
-    assert isinstance(module, Adapted)  # its plan has an adapter there
-    return module
-
-
-def _adapter(model: nn.Module, site: str) -> nn.Module:
-    return _adapted(model, site).adapter
-
-
 def _matrix(adapter: Any) -> Tensor:
     """A (o, i) in float64 on the CPU."""
     if hasattr(adapter, "u_or"):
@@ -665,27 +534,3 @@ def _ranks_of(family: Shared) -> Directions:
 def _with_dropout(family: Family, replaced: Family) -> Family:
     assert isinstance(family, Shared)
     return replace(family, dropout=getattr(replaced, "dropout", 0.0))
-
-
-def _unshared(family: Shared, adapter: SharedAdapter) -> tuple[Family, dict[str, Tensor]]:
-    """The ordinary family that computes the same with the fewest numbers, and its numbers."""
-    a_oi = adapter.product(torch.empty(0, dtype=torch.float64))
-    if family.of == "series":
-        return Series(), {"a_oo": a_oi}
-    o, i = a_oi.shape
-    u_or, v_ri = _two_factors(adapter)
-    rank = u_or.shape[1]
-    if rank * (o + i) >= o * i:
-        return Parallel(dropout=family.dropout), {"a_oi": a_oi}
-    return LowRank(rank, dropout=family.dropout), {"u_or": u_or, "v_ri": v_ri}
-
-
-def _two_factors(adapter: SharedAdapter) -> tuple[Tensor, Tensor]:
-    """U, V with U V = A and as few directions as there are: of three, G joins the larger."""
-    factors = [factor.detach().cpu().double() for factor in adapter.factors()]
-    if len(factors) == 2:
-        return factors[0], factors[1]
-    left_or, g_rq, right_qi = factors
-    if g_rq.shape[0] <= g_rq.shape[1]:
-        return left_or, g_rq @ right_qi
-    return left_or @ g_rq, right_qi

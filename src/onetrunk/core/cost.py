@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attach import Adapted, domain_of, own_size, stored
+from .adapted import Adapted
+from .domain import domain_of, own_size, stored
 from .trace import Size, trace
 from .tree import is_norm, own_tensors
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError
+from .adapted import Adapted
 from .adapters.series import norm_gain_and_shift
-from .attach import Adapted, domain_of, own_size, unmark
+from .domain import domain_of, own_size, unmark
 from .sites import effective_weight, forward_known
 from .trace import Size, following_norms
 from .tree import Frozen, copy_tree, on_cpu, replace_modules

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MixError
+from .adapted import Adapted
 from .adapters.base import Correction
 from .adapters.series import norm_gain_and_shift
-from .attach import Adapted, domain_of
+from .domain import domain_of
 from .merge import difference
 from .mixable import base_tree, check_own, check_rows, check_shares
 from .rowwise import (

@@ -6,8 +6,9 @@ from torch import nn
 
 from ..errors import MixError
 from ..tensorfile import fingerprint_of
+from .adapted import Adapted
 from .adapters import Full
-from .attach import Adapted, Domain, delta, domain_of, own_size, unmark
+from .domain import Domain, delta, domain_of, own_size, unmark
 from .trace import rows_astray, rows_per_image
 from .tree import Frozen, copy_tree, original_names, replace_modules, same_bits
 

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from ..errors import AttachError
 from ..tensorfile import fingerprint_of
+from .adapted import Adapted
 from .adapters.lowrank import LowRankAdapter
 from .adapters.parallel import ParallelAdapter
-from .attach import Adapted, domain_of, own_size
+from .domain import domain_of, own_size
 from .plan import Where
 from .sites import Site, Tap
 from .trace import trace

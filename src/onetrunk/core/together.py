@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import MixError
-from .attach import Adapted, domain_of, trains_basis
+from .adapted import Adapted
+from .domain import domain_of, trains_basis
 from .mixable import base_tree, check_own, check_rows, check_shares
 from .tree import Frozen, draws, is_norm, replace_modules
 

@@ -220,3 +220,8 @@ def _unwrapped(name: str, wrapped: set[str]) -> str | None:
 
 
 WRAPPERS = ("Adapted", "Frozen")
+
+
+def is_counter(buffer: Tensor) -> bool:
+    """A lone whole number may count calls; more of them are a table, which nobody writes to."""
+    return buffer.numel() == 1 and not buffer.is_floating_point()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import fingerprint
-from ..core.attach import domain_of, own_size
+from ..core.domain import domain_of, own_size
 from ..core.merge import difference
 from ..core.trace import trace
 from ..errors import BankError, ExportError

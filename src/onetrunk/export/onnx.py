@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.attach import domain_of, own_size
+from ..core.domain import domain_of, own_size
 from ..core.merge import merge
 from ..core.mix import Mixed, mix
 from ..core.tree import on_cpu

@@ -12,7 +12,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ..backbones.written_form import build_empty, load_tensors, stock_form
-from ..core.attach import domain_of
+from ..core.domain import domain_of
 from ..core.merge import difference, merge
 from ..errors import OnetrunkError
 from .base import Exported, Format, export_checked, metadata

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.attach import domain_of, trains_basis
+from ..core.domain import domain_of, trains_basis
 from ..errors import TrainingError
 from ..tensorfile import fingerprint_of
 from .cut import Cut, cut_off, features, is_close

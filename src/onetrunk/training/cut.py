@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.attach import domain_of, mark
+from ..core.domain import domain_of, mark
 from ..core.tree import draws, recast, rewired, shell
 from ..errors import TrainingError
 from .randomness import own_draws, reseed

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.attach import domain_of
+from ..core.domain import domain_of
 from ..core.merge import model_in_eval
 from ..core.tree import copy_tree
 from ..errors import TrainingError

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..core.attach import domain_of
+from ..core.domain import domain_of
 from ..data import Images, Prepared, Preprocessing, view_seeds
 from ..data.decoding import BrokenImageError
 from ..errors import DataError, TrainingError

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.attach import delta, domain_of, trains_basis
+from ..core.domain import delta, domain_of, trains_basis
 from ..errors import DivergedError, TrainingError
 from ..tensorfile import fingerprint_of
 from .checkpoint import Checkpoint, make_folder, read_checkpoint, write_checkpoint

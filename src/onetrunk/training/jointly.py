@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.attach import domain_of
-from ..core.compress import with_frozen_basis, with_trainable_basis
+from ..core.domain import domain_of
+from ..core.rebuild import with_frozen_basis, with_trainable_basis
 from ..errors import DivergedError, TrainingError
 from .evaluate import evaluate
 from .examples import Progress

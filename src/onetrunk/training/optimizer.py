@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn, optim
 
 from ..core.adapters import Adapter
-from ..core.attach import domain_of
+from ..core.domain import domain_of
 from ..core.tree import Frozen, is_norm
 from ..errors import TrainingError
 from .recipe import HEAD_LR_RATIO, LORAPLUS_LR_RATIO, SHORT, Recipe

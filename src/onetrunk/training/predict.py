@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..core.attach import domain_of
+from ..core.domain import domain_of
 from ..data import Images, Preprocessing, decode
 from ..data.source_folder import ENDINGS, images_below
 from ..errors import DataError

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..backbones.written_form import WEIGHTS_CARD, stock_form, written_form
 from ..core.adapters import Family, Full, Norm
-from ..core.attach import attach, build, domain_of
+from ..core.attach import attach, build
+from ..core.domain import domain_of
 from ..core.merge import merge
 from ..core.plan import Where, place
 from ..core.trace import trace

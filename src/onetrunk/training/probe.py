@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapters import Head
-from ..core.attach import attach, domain_of
+from ..core.attach import attach
+from ..core.domain import domain_of
 from ..data import Preprocessing
 from ..errors import TrainingError
 from .evaluate import logits_of

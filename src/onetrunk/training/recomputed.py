@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core.attach import Adapted, domain_of, mark
+from ..core.adapted import Adapted
+from ..core.domain import domain_of, mark
 from ..core.tree import Frozen, is_norm, recast, rewired
 from ..errors import TrainingError
 

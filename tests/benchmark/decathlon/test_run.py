@@ -22,7 +22,7 @@ from onetrunk.benchmark.decathlon.domains import DOMAINS
 from onetrunk.benchmark.decathlon.protocol import WholeImages, training_examples
 from onetrunk.benchmark.decathlon.run import steps_left
 from onetrunk.core.adapters import Parallel, Series
-from onetrunk.core.attach import delta
+from onetrunk.core.domain import delta
 from onetrunk.data import Images
 from onetrunk.data.decoding import BrokenImageError
 from onetrunk.training.evaluate import evaluate

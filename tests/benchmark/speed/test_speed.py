@@ -30,7 +30,7 @@ from onetrunk.benchmark.speed.report import (
 )
 from onetrunk.benchmark.speed.rounds import Contest, ratios, run_rounds
 from onetrunk.benchmark.speed.subjects import Subject, take_apart
-from onetrunk.core.attach import Adapted
+from onetrunk.core.adapted import Adapted
 from onetrunk.errors import SpecError, TrainingError
 
 MACHINE = {"machine": "a machine", "threads": 1, "torch": "2.6.0"}

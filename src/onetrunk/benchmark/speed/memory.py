@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...core.adapters import LowRank
-from ...core.attach import delta
+from ...core.domain import delta
 from ...core.merge import merge
 from ...core.mix import mix
 from .mixed import RANK, network_bytes

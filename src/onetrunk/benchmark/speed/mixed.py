@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...core.adapters import LowRank, Parallel
 from ...core.adapters.base import Family
-from ...core.attach import domain_of
+from ...core.domain import domain_of
 from ...core.merge import merge
 from ...core.mix import mix
 from ...core.trace import trace

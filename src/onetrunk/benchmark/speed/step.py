@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapters import Full, Head, LowRank, Norm, Parallel
-from ...core.attach import domain_of
+from ...core.domain import domain_of
 from ...core.trace import trace
 from ...errors import OnetrunkError
 from ...training.recomputed import recomputed

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ...backbones import backbone as build_backbone
+from ...core.adapted import Adapted
 from ...core.adapters import Family
-from ...core.attach import Adapted, attach, delta
+from ...core.attach import attach
+from ...core.domain import delta
 from ...errors import MissingExtraError, SpecError
 
 CLASSES = tuple(f"class {c}" for c in range(10))
