@@ -378,6 +378,7 @@ def test_a_file_is_named_after_its_domain_by_default(run, bank, tmp_path, monkey
     [
         ("train", "goes on with --resume."),
         ("compress", "error: stopped.\n"),  # it says itself what is left
+        ("benchmark", "is kept: the same command goes on from there.\n"),
         ("new", "nothing half-written is"),
     ],
 )

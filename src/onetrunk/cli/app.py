@@ -56,6 +56,14 @@ app = typer.Typer(
 app.add_typer(benchmark)
 
 CTRL_C = 130  # what the parser returns instead of raising KeyboardInterrupt
+RESUMES = "stopped; nothing half-written is left. A training goes on with --resume."
+STOPPED = {  # what is said of a Ctrl-C, by the command
+    "train": RESUMES,
+    "allocate": RESUMES,
+    "pretrain": RESUMES,
+    "compress": "stopped.",  # it says the rest itself
+    "benchmark": "stopped. What is finished is kept: the same command goes on from there.",
+}
 
 
 def _version(asked: bool) -> None:
@@ -786,10 +794,8 @@ def main() -> None:
     except typer.Abort:
         _fail("nothing was changed.")
     except KeyboardInterrupt:
-        may_resume = sys.argv[1:2] in (["train"], ["allocate"], ["pretrain"])
-        resumes = " A training goes on with --resume." if may_resume else ""
-        left = "" if sys.argv[1:2] == ["compress"] else "; nothing half-written is left"  # it says
-        _fail(f"stopped{left}.{resumes}")
+        verb = sys.argv[1] if sys.argv[1:] else ""
+        _fail(STOPPED.get(verb, "stopped; nothing half-written is left."))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -117,13 +117,13 @@ class Screen:
             nonlocal last, first
             now = time.monotonic()
             since, done_before = first = first or (now, done)
-            if done == done_before or now - last < SECONDS_A_LINE:
+            if now - last < SECONDS_A_LINE:
                 return
-            last = now
-            left_s = (now - since) * (total - done) / (done - done_before)
+            last, left = now, ""
+            if done > done_before:
+                left = f", left {_clock((now - since) * (total - done) / (done - done_before))}"
             self.err.print(
-                f"{what}: {done}/{total} {note}, {_clock(now - started)}, left {_clock(left_s)}",
-                markup=False,
+                f"{what}: {done}/{total} {note}, {_clock(now - started)}{left}", markup=False
             )
 
         return show

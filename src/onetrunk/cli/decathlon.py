@@ -47,7 +47,7 @@ def decathlon(
 
     Saying the same command again goes on where it was stopped. WORK/results.json is the submission.
 
-    Example: onetrunk benchmark decathlon decathlon-1.0 --adapter parallel --out work
+    Example: onetrunk benchmark decathlon decathlon-1.0 --weights trunk.safetensors --out work
     """
     import dataclasses
 
@@ -55,6 +55,9 @@ def decathlon(
     from ..backbones.written_form import is_untrained
     from ..bank.bank import usable_device
     from ..benchmark.decathlon import (
+        DOMAINS,
+        Devkit,
+        FailedDomainsError,
         Settings,
         check_labels,
         conclude,
@@ -62,6 +65,7 @@ def decathlon(
         steps_left,
         train,
     )
+    from ..benchmark.decathlon.domains import checked_names
     from ..core.adapters import read_family
     from ..training.recipe import read_recipe
 
@@ -74,24 +78,39 @@ def decathlon(
         joint=joint,
         device=None if device is None else str(usable_device(device)),
     )
-    names = None if domains is None else [name.strip() for name in domains.split(",")]
+    names = checked_names(DOMAINS if domains is None else [n.strip() for n in domains.split(",")])
+    network = build_backbone(backbone, weights=weights)
+    if is_untrained(backbone, weights):
+        screen.warn(UNTRAINED)
+    screen.say(f"reading the lists of images in {folder}; ImageNet's takes a minute or two")
     kit = read_devkit(folder, names)
     if labels is not None:
         check_labels(kit, labels)
     for name, files in kit.domains.items():
         counts = f"{len(files.train)} train, {len(files.val)} val, {len(files.test)} test"
         screen.say(f"{name}: {len(files.classes)} classes, images: {counts}")
-    network = build_backbone(backbone, weights=weights)
-    if is_untrained(backbone, weights):
-        screen.warn(UNTRAINED)
+    failed: dict[str, str] = {}
     with screen.bar("training") as show:
         left, done = sum(steps_left(kit, settings, out).values()), dict[str, int]()
-        for name, step in train(kit, network, settings, out):
-            done[name] = step.step
-            show(sum(done.values()), left, f"{name}, loss {step.loss:.3f}")
-    report = conclude(kit, settings, out, labels=labels)
+
+        def reading(name: str, n_read: int, n_images: int) -> None:
+            show(sum(done.values()), left, f"reading {name}: {n_read:,} of {n_images:,} images")
+
+        try:
+            for name, step in train(kit, network, settings, out, progress=reading):
+                done[name] = step.step
+                show(sum(done.values()), left, f"{name}, loss {step.loss:.3f}")
+        except FailedDomainsError as error:
+            if (failed := error.reasons).keys() == kit.domains.keys():
+                raise
+    finished = {name: files for name, files in kit.domains.items() if name not in failed}
+    report = conclude(Devkit(kit.folder, finished), settings, out, labels=labels)
     _show_decathlon(report, screen)
-    screen.finish(report.to_json())
+    for name, why in failed.items():
+        screen.warn(f"{name} failed: {why} The same command trains what is left.")
+    screen.finish({**report.to_json(), "failed": failed})
+    if failed:
+        raise typer.Exit(1)
 
 
 def _show_decathlon(report: "Report", screen: Screen) -> None:
@@ -107,6 +126,8 @@ def _show_decathlon(report: "Report", screen: Screen) -> None:
             f"{', '.join(report.unofficial)}: classes or test images are not as many as in the "
             "challenge, so the points mean nothing."
         )
+    for name, why in report.left_out.items():
+        screen.warn(f"{name} is there too, {why}: {report.results} is without its answers.")
     if report.lacking:
         n_there = len(report.answered)
         screen.say(

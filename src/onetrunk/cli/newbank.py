@@ -9,11 +9,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..bank.folder import UNFINISHED
+from ..bank.lock import one_at_a_time
 from ..errors import BankError
 from ..files import DISK, reason, write_atomically
 from ..training.checkpoint import differences
@@ -26,29 +27,17 @@ def unfinished_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.unfinished")
 
 
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
+def alone(out: Path) -> AbstractContextManager[None]:
     """For one process at a time that makes the bank `out`, in a folder that can be written.
 
     Raises:
         BankError: where there is another, or the file system refuses.
     """
-    lock = out.with_name(f"{out.name}.unfinished.lock")  # the longest name that is needed
-    with ExitStack() as stack:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(DISK.lock(lock, 0.0))
-        except TimeoutError:
-            raise BankError(
-                f"{out} is being made by another process. Wait for it, or give another --out."
-            ) from None
-        except OSError as error:
-            raise BankError(f"cannot write beside {out}: {reason(error)}") from error
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                lock.unlink(missing_ok=True)
+    return one_at_a_time(
+        out.with_name(f"{out.name}.unfinished.lock"),  # the longest name that is needed
+        f"{out} is being made by another process. Wait for it, or give another --out.",
+        f"cannot write beside {out}",
+    )
 
 
 def stopped(out: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:

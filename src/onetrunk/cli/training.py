@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 
 from ..bank.bank import Bank, Card
 from ..bank.folder import UNFINISHED
+from ..bank.lock import one_training
 from ..core.adapters import Family
 from ..core.attach import Norms, attach
 from ..core.basis import Basis
@@ -21,7 +22,7 @@ from ..core.plan import Plan, Where
 from ..data import Prepared, Preprocessing, Splits, load
 from ..data.options import Fractions
 from ..errors import BankError, DataError, DivergedError
-from ..files import DISK, check_writable, reason
+from ..files import check_writable, reason
 from ..training.cached import cached
 from ..training.evaluate import Evaluation, evaluate
 from ..training.fit import fit
@@ -128,29 +129,15 @@ def alone(bank: Bank, request: Request) -> Iterator[None]:
         BankError: for a bank or cache that cannot be written, a name that is being trained or was
             taken, and a training that was stopped.
     """
-    folder, name = bank.path / UNFINISHED, request.domain
-    lock = folder / f"{name}.lock"
-    with ExitStack() as stack:
-        try:
-            if request.cache_folder is not None and request.cache_folder.exists():
-                check_writable(request.cache_folder)
-            check_writable(bank.path)
-            folder.mkdir(exist_ok=True)
-            stack.enter_context(DISK.lock(lock, 0.0))
-        except TimeoutError:
-            raise BankError(
-                f"{name!r} is being trained into {bank.path} by another process. Wait for it, or "
-                "give another name."
-            ) from None
-        except OSError as error:
-            raise BankError(f"cannot train into bank {bank.path}: {reason(error)}") from error
-        try:
-            _refuse_taken(bank, request)
-            yield
-        finally:
-            with suppress(OSError):
-                lock.unlink(missing_ok=True)
-                folder.rmdir()  # where nothing else is under way
+    try:
+        if request.cache_folder is not None and request.cache_folder.exists():
+            check_writable(request.cache_folder)
+        check_writable(bank.path)
+    except OSError as error:
+        raise BankError(f"cannot train into bank {bank.path}: {reason(error)}") from error
+    with one_training(bank.path, request.domain):
+        _refuse_taken(bank, request)
+        yield
 
 
 def _refuse_taken(bank: Bank, request: Request) -> None:

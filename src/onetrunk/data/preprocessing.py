@@ -133,7 +133,7 @@ class Preprocessing:
         if image.mode != _PIL_MODES[self.channels]:
             image = image.convert(_PIL_MODES[self.channels])
         side = self.prepared_px
-        box = _central_square(image.size) if self.crop == "center" else (0, 0, *image.size)
+        box = _central_square(image.size, side) if self.crop == "center" else (0, 0, *image.size)
         resized = image.resize((side, side), _RESAMPLING[self.interpolation], box=box)
         x_hwc = np.array(resized, dtype=np.uint8).reshape(side, side, self.channels)
         return torch.from_numpy(np.ascontiguousarray(x_hwc.transpose(2, 0, 1)))
@@ -270,10 +270,13 @@ def _boxes(
     return np.concatenate([corners_b2, sides_b2], axis=1).astype(np.int64)
 
 
-def _central_square(size: tuple[int, int]) -> tuple[float, float, float, float]:
+def _central_square(size: tuple[int, int], wanted: int) -> tuple[float, float, float, float]:
+    """Of whole pixels where it is not scaled: half a pixel beside would blur it."""
     width, height = size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
+    if side == wanted:
+        left, top = round(left), round(top)
     return left, top, left + side, top + side
 
 

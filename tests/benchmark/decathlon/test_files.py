@@ -185,6 +185,26 @@ def test_a_tar_cut_short_is_refused(kit):
             read_devkit(kit, ["aircraft"])
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("n_bytes", [-1024, -1])
+def test_a_tar_that_leads_back_is_refused(kit, n_bytes):
+    members = [tarfile.TarInfo("a"), tarfile.TarInfo("b"), tarfile.TarInfo("c")]
+    members[-1].size = n_bytes  # after it, the first one would come again, and again
+    headers = [member.tobuf(tarfile.GNU_FORMAT) for member in members]
+    (kit / "data" / "aircraft.tar").write_bytes(b"".join(headers) + bytes(1024))
+    with pytest.raises(ValueError, match=f"no whole uncompressed tar .a member of {n_bytes} bytes"):
+        read_devkit(kit, ["aircraft"])
+
+
+def test_a_half_unpacked_folder_speaks_of_the_tar_beside_it(kit):
+    with tarfile.open(kit / "data" / "gtsrb.tar") as tar:
+        name = tar.getnames()[0]
+        (kit / "data" / name).parent.mkdir(parents=True)
+        (kit / "data" / name).write_bytes(tar.extractfile(name).read())
+    with pytest.raises(ValueError, match=r"lacks 23 of .* Without that folder, gtsrb.tar beside"):
+        read_devkit(kit, ["gtsrb"])
+
+
 def test_a_compressed_tar_is_refused(kit):
     path = kit / "data" / "aircraft.tar"
     with tarfile.open(path, "w:gz"):

@@ -10,6 +10,7 @@ import torch
 from onetrunk.backbones import resnet26
 from onetrunk.bank.bank import Bank
 from onetrunk.benchmark.decathlon import (
+    FailedDomainsError,
     Settings,
     conclude,
     preprocessing,
@@ -104,7 +105,7 @@ def test_a_stopped_run_goes_on_to_the_same_networks(kit, backbone, tmp_path, joi
     for name in devkit.domains:
         assert_same(numbers_of(work, name), numbers_of(tmp_path / "whole", name))
     assert list(train(devkit, backbone, asked, work)) == []
-    assert not list((work / "bank" / "unfinished").iterdir())
+    assert not (work / "bank" / "unfinished").exists()
 
 
 def test_train_and_val_trains_on_both_and_measures_nothing(kit, backbone, tmp_path):
@@ -186,12 +187,22 @@ def test_a_folder_of_another_run_is_refused(kit, backbone, tmp_path):
         list(train(devkit, resnet26(width=0.25), settings(), work))
     with pytest.raises(ValueError, match=r"gtsrb is not trained yet\. Run the training to its end"):
         conclude(read_devkit(kit, ["gtsrb"]), settings(), work)
+
+
+def test_answers_that_are_gone_or_damaged_are_given_anew_by_the_banks_network(
+    kit, backbone, tmp_path
+):
+    devkit, work = read_devkit(kit, ["dtd"]), tmp_path / "work"
+    list(train(devkit, backbone, settings(), work))
     predictions = work / "predictions" / "dtd.json"
-    predictions.write_text('[{"image_id": 1, "category_id": 2}]')
-    with pytest.raises(ValueError, match="does not answer exactly the test images of dtd"):
-        conclude(devkit, settings(), work)
-    predictions.unlink()
-    with pytest.raises(ValueError, match=r"its answers .*dtd.json are gone. Restore them"):
+    answers = predictions.read_text()
+    for damaged in ('[{"image_id": 1, "category_id": 2}]', "[", None):
+        predictions.unlink() if damaged is None else predictions.write_text(damaged)
+        with pytest.raises(ValueError, match=r"dtd is in the bank and will only answer anew\."):
+            conclude(devkit, settings(), work)
+        assert steps_left(devkit, settings(), work) == {}
+        assert list(train(devkit, backbone, settings(), work)) == []
+        assert predictions.read_text() == answers
         conclude(devkit, settings(), work)
 
 
@@ -229,7 +240,11 @@ def test_results_hold_every_domain_that_is_finished_there(kit, labels, backbone,
     list(train(devkit, backbone, otherwise, work))
     assert conclude(devkit, otherwise, work).answered == ("aircraft",)
     (work / "predictions" / "gtsrb.json").unlink()
-    assert conclude(read_devkit(kit, ["dtd"]), settings(), work).answered == ("dtd",)
+    report = conclude(read_devkit(kit, ["dtd"]), settings(), work)
+    assert report.answered == ("dtd",) and report.to_json()["left_out"] == {
+        "aircraft": "trained with adapter series",
+        "gtsrb": "its answers are gone or damaged",
+    }
     list(train(both, backbone, settings(), tmp_path / "again"))
     conclude(both, settings(), tmp_path / "again")
     work = tmp_path / "again"
@@ -253,9 +268,66 @@ def test_labels_and_device_are_looked_at_before_anything_is_made(command, kit, l
 
 def test_a_broken_test_image_is_found_before_the_training(kit, backbone, tmp_path):
     devkit = read_devkit(kit, ["dtd"])
-    (kit / "data" / devkit.domains["dtd"].test.names[-1]).write_bytes(b"no image")
-    with pytest.raises(BrokenImageError, match=devkit.domains["dtd"].test.names[-1]):
+    broken = devkit.domains["dtd"].test.names[-1]
+    (kit / "data" / broken).write_bytes(b"no image")
+    with pytest.raises(FailedDomainsError, match=f"dtd: image '{broken}' cannot be read"):
         next(train(devkit, backbone, settings(), tmp_path / "work"))
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_domain_that_fails_does_not_stop_the_others(kit, backbone, tmp_path, joint):
+    devkit, asked, work = read_devkit(kit, ["dtd", "gtsrb"]), settings(joint=joint), tmp_path / "w"
+    (kit / "data" / devkit.domains["dtd"].test.names[-1]).write_bytes(b"no image")
+    seen = []
+    with pytest.raises(ValueError, match="the same call goes on when that is repaired"):
+        for name, _ in train(devkit, backbone, asked, work):
+            seen.append(name)
+    assert seen == ["gtsrb"] * 4
+    assert conclude(read_devkit(kit, ["gtsrb"]), asked, work).answered == ("gtsrb",)
+
+
+def test_the_command_reports_what_is_finished_and_names_what_failed(command, kit, tmp_path):
+    broken = kit / read_devkit(kit, ["dtd"]).domains["dtd"].images("test").names[0]
+    (kit / "data" / broken.relative_to(kit)).write_bytes(b"no image")
+    words = ("decathlon", kit, *COMMON, "--out", tmp_path / "work", "--domains")
+    ran = command(*words, "dtd,gtsrb")
+    assert ran.status == 1 and "dtd failed: image 'dtd/test/" in ran.err
+    assert "The same command trains what is left." in ran.err
+    assert "gtsrb" in ran.out and "answers for 1 of the ten domains" in ran.out
+    assert json.loads(command(*words, "dtd,gtsrb", "--json").out)["failed"].keys() == {"dtd"}
+    ran = command(*words, "dtd")
+    assert ran.status == 1 and "error: training failed, and the same call goes on when" in ran.err
+    ran = command(*words, "aircraft", "--epochs", 2)
+    assert ran.status == 0
+    assert "gtsrb is there too, trained with recipe released(epochs=1): " in ran.err
+
+
+def test_two_runs_do_not_train_one_domain_at_once(kit, backbone, tmp_path):
+    devkit, work = read_devkit(kit, ["dtd", "gtsrb"]), tmp_path / "work"
+    first = train(devkit, backbone, settings(), work)
+    next(first)
+    with pytest.raises(FailedDomainsError, match=r"'dtd' is being trained into .* by another"):
+        list(train(devkit, backbone, settings(), work))  # gtsrb it trains itself
+    assert {name for name, _ in first} == {"dtd"}
+    assert conclude(devkit, settings(), work).answered == ("dtd", "gtsrb")
+
+
+def test_reading_shows_which_domain_is_read(kit, backbone, tmp_path):
+    read = []
+    devkit = read_devkit(kit, ["dtd"])
+    list(train(devkit, backbone, settings(), tmp_path, progress=lambda *seen: read.append(seen)))
+    assert read[0] == ("dtd", 1, 12) and ("dtd", 6, 6) in read and len(read) == 12 + 6 + 6
+
+
+@pytest.mark.parametrize("width", [97, 99])
+def test_a_side_that_is_longer_by_an_odd_number_is_cut_at_whole_pixels_as_released(width):
+    pixels_hwc = np.random.default_rng(0).integers(0, 255, (72, width, 3), dtype=np.uint8)
+    images = Images.from_arrays([pixels_hwc], [0], ["a", "b"])
+    seen = dataclasses.replace(preprocessing("dtd"), mean=(0.0,) * 3, std=(1.0,) * 3)
+    found_chw = seen.evaluation_view(seen.prepare(images[0][0])[None])[0] * 255
+    left = round((width - 64) / 2)  # torchvision's CenterCrop
+    released_hwc = pixels_hwc[4:68, left : left + 64]
+    assert np.array_equal(found_chw.round().permute(1, 2, 0).numpy(), released_hwc)
 
 
 def test_a_run_goes_on_where_the_bank_was_not_finished(kit, backbone, tmp_path):

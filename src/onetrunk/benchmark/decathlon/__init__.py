@@ -23,6 +23,7 @@ _WHERE = {
     "read_devkit": "files",
     "preprocessing": "protocol",
     "Settings": "run",
+    "FailedDomainsError": "run",
     "train": "run",
     "steps_left": "run",
     "conclude": "run",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from .files import read_devkit as read_devkit
     from .protocol import preprocessing as preprocessing
     from .report import Report as Report
+    from .run import FailedDomainsError as FailedDomainsError
     from .run import Settings as Settings
     from .run import conclude as conclude
     from .run import steps_left as steps_left

@@ -393,6 +393,9 @@ def _check_all_there(files: DomainFiles) -> None:
         if len(missing) == len(names):
             has = files.archive.first()
             what = f"it has {has!r}, say." if has else "it has no image."
+        folder = files.archive.where
+        if folder.is_dir() and (tar := _tar_of(folder.parent, files.official.name)) is not None:
+            what += f" Without that folder, {tar.name} beside it is read."
         raise DataError(
             f"{files.archive.where} lacks {len(missing)} of the {len(names)} images that the "
             f"annotations of {files.official.name} list, the first {missing[0]!r} (links do not "
@@ -404,19 +407,27 @@ def _archive(root: Path, name: str) -> Archive:
     data = root / "data"
     if _is_plain(data / name, folder=True):
         return FolderArchive(data, name)
-    tars = [f"{name}.tar"] + ([IMAGENET_TAR] if name == "imagenet12" else [])
-    for tar in tars:
-        if _is_plain(data / tar, folder=False):
-            return TarArchive(data / tar)
+    if (tar := _tar_of(data, name)) is not None:
+        return TarArchive(tar)
     raise DataError(
-        f"{data} has neither a folder {name!r} nor {' nor '.join(tars)} (links do not count). Put "
-        "the official tar there, or unpack it there; "
+        f"{data} has neither a folder {name!r} nor {' nor '.join(_tar_names(name))} (links do not "
+        "count). Put the official tar there, or unpack it there; "
         + (
             f"{IMAGENET_TAR} comes from image-net.org."
             if name == "imagenet12"
             else "it comes with decathlon-1.0-data.tar.gz."
         )
     )
+
+
+def _tar_of(data: Path, name: str) -> Path | None:
+    """The tar of a domain, where it is there."""
+    tars = (data / tar for tar in _tar_names(name))
+    return next((tar for tar in tars if _is_plain(tar, folder=False)), None)
+
+
+def _tar_names(name: str) -> list[str]:
+    return [f"{name}.tar"] + ([IMAGENET_TAR] if name == "imagenet12" else [])
 
 
 def _is_plain(path: Path, *, folder: bool) -> bool:
@@ -440,7 +451,11 @@ def _tar_places(path: Path) -> dict[str, tuple[int, int]]:
     places: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
+            reached = -1
             while (member := tar.next()) is not None:
+                if member.size < 0 or tar.offset <= reached:  # else it could go round for ever
+                    raise tarfile.ReadError(f"a member of {member.size} bytes")
+                reached = tar.offset
                 vars(tar)["members"].clear()  # it keeps every header, 2 GB of them for imagenet12
                 if member.isreg() and not member.issparse():
                     name = member.name.removeprefix("./")

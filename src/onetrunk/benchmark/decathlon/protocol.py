@@ -6,8 +6,7 @@
 
 `imdbfolder_coco.py` of the authors' repository. A training crop is taken from the whole image, the
 long side included: an aircraft's tail is seen. In evaluation the domain's `Preprocessing` is used,
-so that the network computes the same wherever it is loaded; for a long side that is longer by an
-odd number of pixels its central square lies half a pixel beside theirs.
+so that the network computes the same wherever it is loaded.
 
 The views are the protocol's whatever the recipe: it must not crop by area.
 """

@@ -1,7 +1,7 @@
 """Report: what came of a decathlon, as a table for people and JSON for machines."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .domains import DOMAINS
@@ -44,6 +44,7 @@ class Report:
         backbone, adapter, recipe, train_on: how they were trained, as written.
         results: the file to submit, or its beginning.
         answered: the domains that it has answers for, from this run or an earlier one.
+        left_out: domains that are trained there, and why their answers are not in it.
     """
 
     domains: tuple[DomainResult, ...]
@@ -53,6 +54,7 @@ class Report:
     train_on: str
     results: str
     answered: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def lacking(self) -> tuple[str, ...]:
@@ -122,6 +124,7 @@ class Report:
             "train_on": self.train_on,
             "results": self.results,
             "lacking": list(self.lacking),
+            "left_out": dict(self.left_out),
             "measured_on": self.measured_on,
             "mean_accuracy": self.mean_accuracy,
             "score": self.score,

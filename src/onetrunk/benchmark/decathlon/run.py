@@ -8,17 +8,21 @@ WORK is a folder that belongs to one run:
     results.json               all of them, to submit
 
 A killed run goes on where it was: finished domains are not trained again, half-trained ones go on
-from their checkpoint. Trained jointly, the domains take turns, a step each, as in the authors'
-code; as they share nothing that learns, the networks are those of training one after another, bit
-for bit. (There, an epoch ends with the smallest domain; here each sees all of its images.)
+from their checkpoint, and answers that are gone or damaged are given anew by the bank's network. A
+domain that fails does not stop the others.
+
+Trained jointly, the domains take turns, a step each, as in the authors' code; as they share nothing
+that learns, the networks are those of training one after another, bit for bit. (There, an epoch
+ends with the smallest domain; here each sees all of its images.)
 """
 
 import dataclasses
 import hashlib
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -27,10 +31,11 @@ from torch import nn
 
 from ...bank.bank import Bank, Card, is_bank
 from ...bank.folder import UNFINISHED
+from ...bank.lock import one_training
 from ...core.adapters import Family
 from ...core.attach import attach
 from ...data.images import MEMORY_LIMIT_BYTES
-from ...errors import BankError, DataError, TrainingError
+from ...errors import BankError, DataError, OnetrunkError, TrainingError
 from ...files import PathLike, reason
 from ...training.evaluate import logits_of
 from ...training.examples import Examples, Progress
@@ -43,6 +48,22 @@ from .report import DomainResult, Report
 from .submission import read_results, score_answers, write_results
 
 RESULTS = "results.json"
+Reading = Callable[[str, int, int], None]  # called with domain, images read, images
+
+
+class FailedDomainsError(TrainingError):
+    """Domains of a run that failed; the others went on to their end.
+
+    Args:
+        reasons: by domain.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        self.reasons = dict(reasons)
+        lines = [f"{name}: {reason}" for name, reason in self.reasons.items()]
+        super().__init__(
+            "training failed, and the same call goes on when that is repaired:\n" + "\n".join(lines)
+        )
 
 
 @dataclass(frozen=True)
@@ -85,9 +106,10 @@ class Settings:
             "images": hashlib.sha256(listed).hexdigest()[:16],
         }
 
-    def made(self, card: Card) -> bool:
-        """Whether a domain was trained so, as far as that is the same for all."""
-        return self._of_all().items() <= dict(card.provenance).items()
+    def otherwise(self, card: Card) -> str:
+        """How a domain was trained in another way, as far as that is the same for all, or ''."""
+        asked, found = self._of_all(), card.provenance
+        return next((f"{k} {found.get(k)}" for k, v in asked.items() if found.get(k) != v), "")
 
     def _of_all(self) -> dict[str, str]:
         return {
@@ -104,30 +126,41 @@ def train(
     settings: Settings,
     work: PathLike,
     *,
-    progress: Progress | None = None,
+    progress: Reading | None = None,
 ) -> Iterator[tuple[str, Step]]:
     """Trains what is not finished yet in `work`: yields (domain, step), one for every step.
 
     Leaving the loop keeps checkpoints; the same call goes on from them.
 
     Args:
-        progress: called with (images read, images) while the images of a domain are read.
+        progress: called with (domain, images read, images) while the images of a domain are read.
 
     Raises:
         BankError: where `work` is another run's: another backbone, or a domain trained otherwise.
-        DataError: where an image cannot be read.
-        TrainingError: as `fit`.
+        FailedDomainsError: after the others' end, where an image of a domain cannot be read, its
+            training diverges, or another process is training it.
     """
     folder = _folder(work)
     bank = Bank.open_or_create(folder / "bank", backbone)
     waiting = _waiting(devkit, bank, settings, folder)
     limit = MEMORY_LIMIT_BYTES // max(1, len(waiting)) if settings.joint else MEMORY_LIMIT_BYTES
+    failed: dict[str, str] = {}
     with ExitStack() as stack:
         trainings = [
-            stack.enter_context(closing(_train_one(files, bank, settings, folder, limit, progress)))
+            stack.enter_context(
+                closing(
+                    _noting_failure(
+                        files.official.name,
+                        _train_one(files, bank, settings, folder, limit, progress),
+                        failed,
+                    )
+                )
+            )
             for files in waiting
         ]
         yield from (_taking_turns if settings.joint else _in_order)(trainings)
+    if failed:
+        raise FailedDomainsError(failed)
 
 
 def steps_left(devkit: Devkit, settings: Settings, work: PathLike) -> dict[str, int]:
@@ -139,16 +172,19 @@ def steps_left(devkit: Devkit, settings: Settings, work: PathLike) -> dict[str, 
     folder = _folder(work)
     path = folder / "bank"
     bank = Bank.open(path) if is_bank(path) else None
-    waiting = devkit.domains.values() if bank is None else _waiting(devkit, bank, settings, folder)
     return {
-        files.official.name: settings.recipe.n_steps(len(files.rows(settings.train_on)))
-        for files in waiting
+        name: settings.recipe.n_steps(len(files.rows(settings.train_on)))
+        for name, files in devkit.domains.items()
+        if bank is None or not _is_trained(bank, folder, files, settings)
     }
 
 
 def _waiting(devkit: Devkit, bank: Bank, settings: Settings, folder: Path) -> list[DomainFiles]:
-    every = devkit.domains.values()
-    return [files for files in every if not _is_finished(bank, folder, files, settings)]
+    return [
+        files
+        for files in devkit.domains.values()
+        if not _is_trained(bank, folder, files, settings) or _answers(folder, files) is None
+    ]
 
 
 def conclude(
@@ -161,28 +197,33 @@ def conclude(
 
     Raises:
         BankError: where a domain is not finished, or was trained in another way.
-        DataError: where predictions or labels are missing or damaged.
+        DataError: where labels are missing or damaged.
     """
     folder = _folder(work)
     bank = Bank.open(folder / "bank")
     answers: dict[int, int] = {}
     for name, files in devkit.domains.items():
-        if not _is_finished(bank, folder, files, settings):
+        if not _is_trained(bank, folder, files, settings):
             raise BankError(f"{folder}: {name} is not trained yet. Run the training to its end.")
-        own = read_results(_predictions(folder, name))
-        if own.keys() != set(files.test.ids):
-            raise DataError(
-                f"{_predictions(folder, name)} does not answer exactly the test images of {name}. "
-                "Remove it, and run again."
+        if (own := _answers(folder, files)) is None:
+            raise BankError(
+                f"{_predictions(folder, name)} is not there, is damaged, or does not answer "
+                f"exactly the test images of {name}. Run the training again: {name} is in the bank "
+                "and will only answer anew."
             )
         answers |= own
     accuracies = {} if labels is None else score_answers(answers, labels).accuracies
-    answered = []
+    answered: list[str] = []
+    left_out: dict[str, str] = {}
     for name in (n for n in DOMAINS if n in bank.domains and n not in devkit.domains):
-        if settings.made(bank.domains[name]):
-            with suppress(DataError):  # one whose answers are gone is lacking
-                answers |= read_results(_predictions(folder, name))
-                answered.append(name)
+        if other := settings.otherwise(bank.domains[name]):
+            left_out[name] = f"trained with {other}"
+            continue
+        try:
+            answers |= read_results(_predictions(folder, name))
+            answered.append(name)
+        except DataError:
+            left_out[name] = "its answers are gone or damaged"
     write_results(folder / RESULTS, answers)
     cards = {name: bank.domains[name] for name in devkit.domains}
     return Report(
@@ -196,6 +237,7 @@ def conclude(
         settings.train_on,
         str(folder / RESULTS),
         tuple(n for n in DOMAINS if n in devkit.domains or n in answered),
+        left_out,
     )
 
 
@@ -218,7 +260,37 @@ def _taking_turns(trainings: Sequence[Training]) -> Training:
             break
 
 
+def _noting_failure(name: str, training: Training, failed: dict[str, str]) -> Training:
+    """A training that ends where it fails, the reason noted: the others go on."""
+    try:
+        yield from training
+    except OnetrunkError as error:
+        failed[name] = str(error)
+
+
 def _train_one(
+    files: DomainFiles,
+    bank: Bank,
+    settings: Settings,
+    folder: Path,
+    limit: int,
+    progress: Reading | None,
+) -> Training:
+    """One domain: trained, its test answers on disk, and only then in the bank.
+
+    One that is in the bank already only answers.
+    """
+    name = files.official.name
+    shown = None if progress is None else partial(progress, name)
+    with one_training(bank.path, name):
+        if not _is_trained(bank, folder, files, settings):
+            yield from _trained(files, bank, settings, folder, limit, shown)
+        elif _answers(folder, files) is None:
+            test = _for_evaluation(files, "test", limit, shown)
+            _answer(bank.load(name, device=settings.device), files, test, folder)
+
+
+def _trained(
     files: DomainFiles,
     bank: Bank,
     settings: Settings,
@@ -226,7 +298,6 @@ def _train_one(
     limit: int,
     progress: Progress | None,
 ) -> Training:
-    """One domain: trained, its test answers on disk, and only then in the bank."""
     name, seen = files.official.name, preprocessing(files.official.name)
     model = attach(
         bank.backbone,
@@ -255,7 +326,7 @@ def _train_one(
         for step in steps:
             yield name, step
     metrics = {} if val is None else {"val_accuracy": _accuracy(model, val)}
-    _answer(model, files, test, _predictions(folder, name))
+    _answer(model, files, test, folder)
     bank.add(
         name,
         model.to(next(bank.backbone.parameters()).device),
@@ -288,11 +359,21 @@ def _found(model: nn.Module, examples: Examples) -> torch.Tensor:
     return logits_nc.argmax(1)
 
 
-def _answer(model: nn.Module, files: DomainFiles, test: Examples, path: Path) -> None:
+def _answer(model: nn.Module, files: DomainFiles, test: Examples, folder: Path) -> None:
     """Writes the answers of `model` to the domain's test images."""
     labels = _found(model, test).tolist()
     categories = [files.category_ids[label] for label in labels]
-    write_results(path, dict(zip(files.test.ids, categories, strict=True)))
+    answers = dict(zip(files.test.ids, categories, strict=True))
+    write_results(_predictions(folder, files.official.name), answers)
+
+
+def _answers(folder: Path, files: DomainFiles) -> dict[int, int] | None:
+    """A domain's answers; None where they are not there or not those of its test images."""
+    try:
+        found = read_results(_predictions(folder, files.official.name))
+    except DataError:
+        return None
+    return found if found.keys() == set(files.test.ids) else None
 
 
 def _folder(work: PathLike) -> Path:
@@ -308,7 +389,7 @@ def _predictions(folder: Path, name: str) -> Path:
     return folder / "predictions" / f"{name}.json"
 
 
-def _is_finished(bank: Bank, folder: Path, files: DomainFiles, settings: Settings) -> bool:
+def _is_trained(bank: Bank, folder: Path, files: DomainFiles, settings: Settings) -> bool:
     """Whether the bank has the domain, trained as asked.
 
     Raises:
@@ -324,11 +405,6 @@ def _is_finished(bank: Bank, folder: Path, files: DomainFiles, settings: Setting
                 f"{folder} has {name} trained with {key} {found.get(key)}, and {value} was asked "
                 "for. Use another folder for another run."
             )
-    if not _predictions(folder, name).exists():
-        raise BankError(
-            f"{folder} has {name} trained, and its answers {_predictions(folder, name)} are gone. "
-            f"Restore them, or train it again: onetrunk remove {bank.path} {name}"
-        )
     return True
 
 

@@ -1,0 +1,53 @@
+"""Locks for long work that two processes would write over each other: held while it is done."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from onetrunk.bank.folder import UNFINISHED
+from onetrunk.errors import BankError
+from onetrunk.files import DISK, reason
+
+
+@contextmanager
+def one_at_a_time(lock: Path, busy: str, refused: str) -> Iterator[None]:
+    """Holds `lock` for the block; its folder is made where there is none.
+
+    Raises:
+        BankError: with `busy` where another process holds it, with `refused` and the reason where
+            the file system does not let it.
+    """
+    with ExitStack() as stack:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(DISK.lock(lock, 0.0))
+        except TimeoutError:
+            raise BankError(busy) from None
+        except OSError as error:
+            raise BankError(f"{refused}: {reason(error)}") from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_training(bank: Path, name: str) -> Iterator[None]:
+    """For one training of a name into the bank at `bank`: two would write over each other.
+
+    Raises:
+        BankError: where another process trains it, or the file system refuses.
+    """
+    folder = bank / UNFINISHED
+    try:
+        with one_at_a_time(
+            folder / f"{name}.lock",
+            f"{name!r} is being trained into {bank} by another process. Wait for it, or give "
+            "another name.",
+            f"cannot train into bank {bank}",
+        ):
+            yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # where nothing else is under way
