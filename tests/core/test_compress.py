@@ -18,6 +18,7 @@ from onetrunk.core.domain import delta
 from onetrunk.core.merge import merge
 from onetrunk.core.rebuild import standalone, with_frozen_basis, with_trainable_basis
 from onetrunk.core.sites import Site
+from onetrunk.core.spectra import Spectrum, product
 from onetrunk.core.tree import storage_key
 from onetrunk.errors import AttachError, CompressError
 
@@ -194,6 +195,28 @@ def test_weighing_by_activations_loses_the_least_of_the_outputs(family) -> None:
     weighed = compress(models, rank_fraction=0.4, covariances=covariances)
     gaps = [lost(weighed, site) - lost(plain, site) for site in plain.errors]
     assert max(gaps) <= 1e-4 and sum(gaps) < -1e-3  # Eckart and Young: the best at every site
+
+
+@pytest.mark.parametrize("share", ["output", "input", "both"])
+def test_how_strong_a_networks_activations_are_does_not_weigh_its_domain(share) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a_doi = torch.randn(2, 16, 16, generator=generator, dtype=torch.float64)
+    x_ni = torch.randn(64, 16, generator=generator, dtype=torch.float64) * torch.arange(1, 17)
+    c_ii = x_ni.T @ x_ni / 64
+
+    def errors(strength: float) -> list[float]:
+        """Of each domain; the second one's outputs are the same whatever the strength."""
+        strengths = torch.tensor([1.0, strength], dtype=torch.float64)[:, None, None]
+        own_doi, scales_d = a_doi / strengths.sqrt(), torch.ones(2, dtype=torch.float64)
+        spectrum = Spectrum.of(share, own_doi, c_ii * strengths, scales_d, 2 * 16 * 16, 32)
+        factors = spectrum.factors((6, 6))
+        lost = [
+            a_oi - product(factors, g)
+            for a_oi, g in zip(own_doi, spectrum.own_factors(factors), strict=True)
+        ]
+        return [float((d @ (c_ii * s) @ d.T).trace()) for d, s in zip(lost, strengths, strict=True)]
+
+    assert errors(100.0) == pytest.approx(errors(1.0), rel=1e-6)
 
 
 def test_covariances_are_those_of_an_explicit_loop() -> None:

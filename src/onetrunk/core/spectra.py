@@ -1,10 +1,12 @@
 """Spectra: what one site of several domains can be cut down to, at which price and which error.
 
-With X_t = A_t W the matrices in coordinates where the output's error is a plain sum of squares
-(W = C^(1/2) of the inputs' covariance, or 1), the left directions are those of [X_1 ... X_T], the
-right ones those of the X_t on top of each other (Eckart and Young, 1936; for both sides HOSVD, De
-Lathauwer et al., 2000). r left directions cost r (o + T i) numbers and lose the discarded s^2; p
-and q on both sides o p + q i + T p q. A site may also stay as it was.
+With X_t = A_t W_t the matrices in coordinates where the output's error is a plain sum of squares
+(W_t = C_t^(1/2) of the inputs' covariance, or 1), the left directions are those of [X_1 ... X_T],
+the right ones those of the X_t on top of each other (Eckart and Young, 1936; for both sides HOSVD,
+De Lathauwer et al., 2000). Shared right directions need one W but for a factor: that of the mean
+covariance of all domains, each of unit strength, times t's. r left directions cost r (o + T i)
+numbers and lose the discarded s^2; p and q on both sides o p + q i + T p q. A site may also stay as
+it was.
 """
 
 from collections.abc import Mapping
@@ -62,7 +64,8 @@ class Spectrum:
         n_domains, o, i = a_doi.shape
         limits = min(o, n_domains * i, max_rank), min(i, n_domains * o, max_rank)
         if covariances_dii is not None:
-            covariances_dii = covariances_dii + RIDGE * _mean_variance(covariances_dii)
+            ridge_d = RIDGE * _mean_variances(covariances_dii)
+            covariances_dii = covariances_dii + ridge_d[:, None, None] * torch.eye(i).to(a_doi)
         x_doi, unroot_ii = _weighted(share, a_doi, covariances_dii, scales_d)
         left_oo, right_ii = torch.eye(o).to(a_doi), torch.eye(i).to(a_doi)
         if share != "input":
@@ -169,11 +172,10 @@ def _directions(gram: Tensor) -> Tensor:
     return torch.linalg.eigh(gram).eigenvectors.flip(-1)
 
 
-def _mean_variance(covariances_dii: Tensor) -> Tensor:
-    """(d, i, i): every domain's mean variance on the diagonal; 1 where nothing was active."""
+def _mean_variances(covariances_dii: Tensor) -> Tensor:
+    """(d): every domain's over its inputs; 1 where nothing was active."""
     mean_d = covariances_dii.diagonal(dim1=1, dim2=2).mean(1)
-    mean_d = torch.where(mean_d > 0, mean_d, torch.ones_like(mean_d))
-    return mean_d[:, None, None] * torch.eye(covariances_dii.shape[-1]).to(covariances_dii)
+    return torch.where(mean_d > 0, mean_d, torch.ones_like(mean_d))
 
 
 def _weighted(
@@ -185,8 +187,10 @@ def _weighted(
         return x_doi, None
     if share == "output":
         return x_doi @ torch.stack([_power(c_ii, 0.5) for c_ii in covariances_dii]), None
-    pooled_ii = (covariances_dii * scales_d[:, None, None]).sum(0) / scales_d.sum()
-    return x_doi @ _power(pooled_ii, 0.5), _power(pooled_ii, -0.5)
+    # every domain at its own strength: a network of large activations has small matrices
+    strengths_d11 = _mean_variances(covariances_dii)[:, None, None]
+    common_ii = (covariances_dii / strengths_d11).mean(0)
+    return x_doi * strengths_d11.sqrt() @ _power(common_ii, 0.5), _power(common_ii, -0.5)
 
 
 def _power(c_ii: Tensor, power: float) -> Tensor:
