@@ -3,24 +3,31 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .errors import MissingExtraError
+from .errors import MissingExtraError, SpecError
 
 EMPTY = "#f2f3f5"  # where nothing was spent
 RANGE = (0.001, 1.0)  # shares of a layer with a colour of their own
 
 
-def need_matplotlib(what: str) -> None:
+def check_drawable(path: Path, what: str) -> None:
     """Refuses early what could not be drawn after hours of work.
 
     Raises:
         MissingExtraError: where matplotlib is not installed.
+        SpecError: where the file's ending is no format that it writes.
     """
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise MissingExtraError(
-            f"{what} needs matplotlib, which is not installed: pip install onetrunk[report]"
+            f"{what} {path} needs matplotlib, which is not installed: pip install onetrunk[report]"
         ) from None
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise SpecError(
+            f"{what} {path} ends in {path.suffix!r}, and the ending says the format: give one of "
+            f"{', '.join(sorted(known))}, for example {path.with_suffix('.png').name}."
+        )
 
 
 def draw_site_map(
@@ -36,9 +43,9 @@ def draw_site_map(
         path: the file to write; its ending says the format.
 
     Raises:
-        MissingExtraError: where matplotlib is not installed.
+        MissingExtraError, SpecError: as `check_drawable`.
     """
-    need_matplotlib(f"the map {path}")
+    check_drawable(path, "the map")
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
@@ -82,9 +89,9 @@ def draw_accuracy_against_size(
         path: the file to write; its ending says the format.
 
     Raises:
-        MissingExtraError: where matplotlib is not installed.
+        MissingExtraError, SpecError: as `check_drawable`.
     """
-    need_matplotlib(f"the picture {path}")
+    check_drawable(path, "the picture")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -8,6 +8,7 @@ import pytest
 import onetrunk as ot
 import onetrunk.cli.compressing as compressing
 from onetrunk.bank.bank import Bank
+from onetrunk.cli.console import size
 from onetrunk.core.rebuild import with_frozen_basis, with_trainable_basis
 from onetrunk.errors import DivergedError
 from onetrunk.files import DISK
@@ -240,6 +241,54 @@ def test_a_compressed_bank_is_told_apart(run, stored, photos, tmp_path):
     Bank.open(out).remove("probe")
     refused = run("compress", out, "--keep", 0.5, "--out", tmp_path / "b.bank")
     assert "'stripes': it is over a basis already. Train some first" in refused.err
+
+
+def test_a_basis_that_the_bank_has_already_counts_in_its_size(run, stored, tmp_path):
+    once, twice = tmp_path / "once.bank", tmp_path / "twice.bank"
+    assert run("compress", stored, "--keep", 0.5, "--out", once).status == 0
+    bank = Bank.open(once)
+    for seed in (1, 2):
+        family = ot.Parallel(init="released")
+        fresh = ot.attach(bank.backbone, family, ["a", "b"], input_size=(3, 32, 32), seed=seed)
+        bank.add(f"new{seed}", fresh)
+    ran = run("compress", once, "--keep", 0.5, "--out", twice)
+    assert ran.status == 0, ran.err
+    shared, every = (
+        next(line for line in ran.out.splitlines() if line.startswith(start)).split()
+        for start in ("basis, shared", "all")
+    )
+    assert f"{shared[2]} {shared[3]}" == size(bank.basis_bytes)
+    held = bank.basis_bytes + sum(bank.domains[name].size for name in bank.domains)
+    assert f"{every[1]} {every[2]}" == size(held)
+
+
+def test_domains_of_which_no_two_share_their_layers_are_refused(run, photos, stored, tmp_path):
+    own = tmp_path / "own.bank"
+    net = Bank.open(stored).backbone
+    bank = Bank.create(own, net)
+    for stage in ("early", "mid", "late"):
+        where = ot.Where(stages=(stage,))
+        fresh = ot.attach(net, ot.Parallel(), ["a", "b"], where=where, input_size=(3, 32, 32))
+        bank.add(stage, fresh)
+    refused = run("compress", own, "--keep", 0.5, "--out", tmp_path / "b.bank")
+    assert refused.status == 1 and "no two of early, mid, late have adapters of one" in refused.err
+    bank.add("later", bank.load("late"))
+    ran = run("compress", own, "--keep", 0.5, "--out", tmp_path / "b.bank")
+    assert ran.status == 0
+    assert "its adapters are others, or at other layers, than those of 'late'" in " ".join(
+        ran.out.split()
+    )
+
+
+def test_images_that_cannot_be_read_are_counted(run, stored, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    broken = next(path for path in sorted((tmp_path / "photos").rglob("*.png")))
+    broken.write_bytes(b"junk")
+    ran = run(
+        "compress", stored, "--keep", 0.5, "--out", tmp_path / "b.bank", "--no-picture",
+        f"--data=stripes={tmp_path / 'photos'}",
+    )  # fmt: skip
+    assert ran.status == 0 and f"images of {tmp_path / 'photos'} left out; the first: " in ran.err
 
 
 def test_where_nothing_is_worth_sharing_no_basis_is_tuned(run, stored, photos, tmp_path):

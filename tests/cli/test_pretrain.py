@@ -1,6 +1,7 @@
 """pretrain as a user types it: a file for `new`, a stop that goes on, nothing overwritten."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,6 +10,8 @@ from onetrunk.backbones import backbone
 from onetrunk.bank.bank import Bank
 from onetrunk.cli.console import Screen
 from onetrunk.data import Prepared, Preprocessing, load
+from onetrunk.errors import DivergedError
+from onetrunk.files import DISK
 
 FORM = "resnet26(width=0.25)"
 
@@ -48,6 +51,41 @@ def test_a_stopped_pretraining_goes_on_with_resume_only(run, photos, tmp_path, m
     assert "is a pretraining that was stopped. Go on with --resume" in refused.err
     assert run(*words(photos, out, "--resume")).status == 0
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_pretraining_that_diverges_is_not_in_the_way_of_the_next(
+    run, photos, tmp_path, monkeypatch
+):
+    out, fit = tmp_path / "trunk.safetensors", pretraining_module.fit
+
+    def diverging(*args, checkpoint, **kwargs):
+        for step in fit(*args, checkpoint=checkpoint, **kwargs):
+            yield step
+            checkpoint.write_bytes(b"")
+            raise DivergedError("the loss is not finite at step 2")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining_module, "fit", diverging)
+        assert "the loss is not finite" in run(*words(photos, out)).err
+    assert list(tmp_path.iterdir()) == []
+    assert run(*words(photos, out)).status == 0
+
+
+def test_two_processes_do_not_pretrain_one_file(run, photos, tmp_path):
+    out = tmp_path / "trunk.safetensors"
+    with DISK.lock(tmp_path / "trunk.safetensors.unfinished.lock", 0.0):
+        ran = run(*words(photos, out))
+    assert ran.status == 1 and "is being pretrained by another process. Wait for it" in ran.err
+
+
+def test_images_that_cannot_be_read_are_counted(run, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    broken = next(path for path in sorted((tmp_path / "photos").rglob("*.png")))
+    broken.write_bytes(b"junk")
+    (tmp_path / "photos" / "notes.txt").write_text("")
+    ran = run(*words(tmp_path / "photos", tmp_path / "trunk.safetensors"))
+    assert ran.status == 0 and "images left out; the first: " in ran.err and broken.name in ran.err
+    assert "1 left out that are no images of a class: notes.txt" in ran.err
 
 
 def test_merge_keeps_the_network_that_was_scored(run, photos, tmp_path):

@@ -309,7 +309,9 @@ def test_more_budget_never_buys_less_energy(offers, budget, more) -> None:
     prices = {str(k): price for k, (price, _) in enumerate(offers)}
 
     def bought(numbers: int) -> int:
-        units = spend(gains, prices, numbers)
+        units = spend(
+            gains, {site: [prices[site]] * len(own) for site, own in gains.items()}, numbers
+        )
         assert sum(prices[site] * n for site, n in units.items()) <= numbers
         return sum(sum(gains[site][:n]) for site, n in units.items())
 
@@ -328,6 +330,11 @@ def test_the_whole_matrix_is_taken_where_it_costs_no_more(backbone: Net) -> None
     found = allocate(backbone, flat(backbone, energies), 10**6)
     assert found.plan == {"depthwise": Parallel(), "tokens": Parallel()}
     assert found.numbers == 12 + 60 and [share.kept for share in found.shares] == [1.0, 1.0]
+
+
+def test_the_budget_of_every_whole_matrix_buys_them_all(backbone: Net) -> None:
+    energies = {"depthwise": [1.0], "tokens": [9.0, 8.0, 7.0, 6.0, 5.0, 4.0]}
+    assert allocate(backbone, flat(backbone, energies), 12 + 60).numbers == 12 + 60
 
 
 def test_only_the_chosen_sites_get_anything(backbone: Net, measured: Measured) -> None:

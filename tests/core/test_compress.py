@@ -197,6 +197,23 @@ def test_weighing_by_activations_loses_the_least_of_the_outputs(family) -> None:
     assert max(gaps) <= 1e-4 and sum(gaps) < -1e-3  # Eckart and Young: the best at every site
 
 
+@every_family
+@every_share
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 1.0])
+def test_no_share_of_the_directions_costs_more_than_the_adapters(family, share, fraction) -> None:
+    found = compress(domains(family), rank_fraction=fraction, share=share)
+    assert found.numbers_after <= found.numbers_before
+    assert all(
+        found.errors[site] == 0.0 for site, kept in found.directions.items() if not any(kept)
+    )
+
+
+@pytest.mark.parametrize("family", [ot.Full(), ot.Head(), ot.Norm()], ids=str)
+def test_domains_without_a_basis_stay_what_they_are_called(family) -> None:
+    model = attach(net(), family, ["a", "b"], input_size=SIZE)
+    assert standalone(model).domain.family == str(family)
+
+
 @pytest.mark.parametrize("share", ["output", "input", "both"])
 def test_how_strong_a_networks_activations_are_does_not_weigh_its_domain(share) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -380,7 +397,7 @@ def test_a_later_domain_may_have_the_plan_of_any_domain_over_the_basis() -> None
 @every_share
 def test_projecting_the_domains_of_a_basis_onto_it_gives_them_again(family, share) -> None:
     models = domains(family)
-    found = compress(models, rank_fraction=0.6, share=share)
+    found = compress(models, rank_fraction=0.3, share=share)
     again = project({"signs": models["signs"]}, found.basis)
     assert again.basis is found.basis
     if share != "both":  # Tucker's best G_t is the projection too

@@ -138,6 +138,22 @@ def test_a_basis_is_tuned_where_that_helps_on_validation_images(
     assert shown[-1] == (total, total)
 
 
+def test_a_rate_after_which_nothing_is_finite_leaves_the_basis_as_it_is(
+    compressed, data, monkeypatch
+):
+    real = jointly.with_frozen_basis
+
+    def broken(models):
+        made = real(models)
+        with torch.no_grad():
+            list(made["d0"].parameters())[-1].fill_(torch.nan)  # the head
+        return made
+
+    monkeypatch.setattr(jointly, "with_frozen_basis", broken)
+    tuned = jointly.tune_basis(compressed.models, data, data, RECIPE, device="cpu")
+    assert {model.domain.basis for model in tuned.values()} == {compressed.basis}
+
+
 def test_a_basis_is_tuned_slowly_and_the_given_networks_stay(compressed, data, monkeypatch, bits):
     before, recipes = {n: bits(m) for n, m in compressed.items()}, []
     fit_jointly = jointly.fit_jointly

@@ -238,9 +238,9 @@ def _trained_on(model: nn.Module, setting: Setting, recipe: Recipe, graphed: boo
     try:
         for _ in fit(model, setting.train, recipe, val=setting.val, graphed=graphed):
             pass
+        return evaluate(model, setting.val).accuracy
     except DivergedError:
         return 0.0
-    return evaluate(model, setting.val).accuracy
 
 
 def _copy(model: nn.Module) -> nn.Module:

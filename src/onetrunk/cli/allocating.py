@@ -20,7 +20,7 @@ from ..core.plan import Plan, Where
 from ..core.sensitivity import Sensitivity
 from ..errors import AttachError, BankError, SpecError
 from ..files import check_writable, read_checked, reason, write_atomically
-from ..pictures import draw_site_map, need_matplotlib
+from ..pictures import check_drawable, draw_site_map
 from ..training.fit import fit
 from ..training.sensitivity import By, sensitivity
 from .console import Screen, followed
@@ -60,7 +60,7 @@ def run(bank: Bank, request: Request, wish: Wish, screen: Screen) -> dict[str, A
         if file is not None:
             _check_writable(file)
     if wish.map is not None:
-        need_matplotlib(f"the map {wish.map}")
+        check_drawable(wish.map, "the map")
     with nullcontext() if wish.plan_only else alone(bank, request):
         result, allocation = _allocated(bank, request, wish, screen)
     if wish.map is not None:

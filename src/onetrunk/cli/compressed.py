@@ -80,7 +80,13 @@ class Summary:
 
 
 def show(
-    summary: Summary, basis_bytes: int, screen: Screen, *, asked: float | None, uniform: bool
+    summary: Summary,
+    basis_before: int,
+    basis_bytes: int,
+    screen: Screen,
+    *,
+    asked: float | None,
+    uniform: bool,
 ) -> None:
     """Prints it as a table; `asked` is the share that was to be kept, `uniform` of the ranks."""
     screen.say(
@@ -104,9 +110,10 @@ def show(
         )
         for name, known in summary.domains.items()
     ]
-    before = sum(known.bytes_before for known in summary.domains.values())
+    before = sum(known.bytes_before for known in summary.domains.values()) + basis_before
     after = sum(known.bytes_after for known in summary.domains.values()) + basis_bytes
-    rows.append(("basis, shared", "", "", "", "", size(basis_bytes), ""))
+    had = size(basis_before) if basis_before else ""
+    rows.append(("basis, shared", "", "", "", had, size(basis_bytes), ""))
     rows.append(("all", "", "", "", size(before), size(after), ""))
     head = ("domain", "before", "compressed", "tuned", "size before", "size after", "remark")
     screen.table(head, rows)

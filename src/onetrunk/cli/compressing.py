@@ -24,7 +24,7 @@ from ..core.domain import domain_of
 from ..data import Images, Prepared, Splits
 from ..data.source_folder import images_below
 from ..errors import BankError, CompressError, DataError, DivergedError
-from ..pictures import draw_accuracy_against_size, need_matplotlib
+from ..pictures import check_drawable, draw_accuracy_against_size
 from ..training.evaluate import evaluate
 from ..training.examples import preprocessing_of
 from ..training.fit import fit
@@ -33,6 +33,7 @@ from ..training.recipe import Recipe
 from .compressed import Figures, Summary, show
 from .console import Screen, followed, percent
 from .newbank import alone, beside, finish, stopped, unfinished_path
+from .reading import read
 from .training import load_as_trained
 
 KEEPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)  # budgets of the picture
@@ -89,7 +90,7 @@ def run(request: Request, screen: Screen) -> None:
         models, figures = _chosen(request.bank)
         _refuse_unknown(request, models)
         if request.picture and request.data:
-            need_matplotlib(f"the picture {request.file} (else say --no-picture)")
+            check_drawable(request.file, "with no --no-picture, the picture")
         cards = request.bank.domains
         parts = {
             name: _parts(models[name], load_as_trained(source, cards[name]), source, screen)
@@ -154,7 +155,10 @@ def _tell(
     for name, known in summary.domains.items():
         known.bytes_before = request.bank.domains[name].size
         known.bytes_after = new.domains[name].size
-    show(summary, new.basis_bytes, screen, asked=request.keep, uniform=request.uniform)
+    show(
+        summary, request.bank.basis_bytes, new.basis_bytes, screen, asked=request.keep,
+        uniform=request.uniform,
+    )  # fmt: skip
     if summary.curve:
         made = {name: new.load(name) for name in parts}
         stored = summary.kept, _on_validation(made, parts, "stored", screen)
@@ -260,23 +264,31 @@ def _chosen(bank: Bank) -> tuple[dict[str, nn.Module], dict[str, Figures]]:
         name, model = next(iter(loaded.items()))
         raise CompressError(
             f"none of the {len(loaded)} domains has series, parallel or low-rank adapters of its "
-            f"own that can be factored; {name!r}: {_note(model, False).removeprefix(COPIED)}. "
+            f"own that can be factored; {name!r}: {_note(model, None).removeprefix(COPIED)}. "
             "Train some first."
         )
-    (most, _), *_ = counts.most_common(1)
+    (most, n_domains), *others = counts.most_common()
+    if n_domains == 1 and others:
+        names = ", ".join([name for name, found in sites.items() if found][:6])
+        raise CompressError(
+            f"no two of {names} have adapters of one kind at the same layers, so that they share "
+            "nothing. Train them with one family at the same places, or by one plan (--plan-of)."
+        )
+    first = next(name for name, found in sites.items() if found == most)
     notes = {
-        name: "" if found == most else _note(loaded[name], bool(found))
+        name: "" if found == most else _note(loaded[name], first if found else None)
         for name, found in sites.items()
     }
     models = {name: model for name, model in loaded.items() if not notes[name]}
     return models, {name: Figures(note=note) for name, note in notes.items()}
 
 
-def _note(model: nn.Module, has_adapters: bool) -> str:
+def _note(model: nn.Module, first: str | None) -> str:
+    """Why a domain is not compressed with `first`; None where it has nothing that could be."""
     if domain_of(model).basis is not None:
         return f"{COPIED}it is over a basis already"
-    if has_adapters:
-        return f"{COPIED}its adapters sit at other layers than most domains'"
+    if first is not None:
+        return f"{COPIED}its adapters are others, or at other layers, than those of {first!r}"
     return f"{COPIED}no adapters to factor ({domain_of(model).family})"
 
 
@@ -316,12 +328,12 @@ def _parts(model: nn.Module, splits: Splits, source: str, screen: Screen) -> Par
         )
     preprocessing = preprocessing_of(model)
 
-    def ready(images: Any, what: str) -> Prepared:
-        with screen.bar(f"reading {what} images of {source}") as show:
-            return Prepared(images.in_order(classes), preprocessing, progress=show)
+    def ready(images: Images, what: str) -> Prepared:
+        return read(images.in_order(classes), preprocessing, what, screen, f" of {source}")
 
     used = [images for images in (splits.train, splits.val, splits.test) if images is not None]
     prints = " ".join(images.fingerprint()[:16] for images in used)
+    assert splits.val is not None  # with_validation made one
     train, val = ready(splits.train, "train"), ready(splits.val, "val")
     if splits.test is None:
         return Parts(train, val, val, "val", prints)
@@ -357,7 +369,7 @@ def _seen(
     with screen.bar("looking at activations") as show:
         for done, (name, model) in enumerate(models.items()):
             images = (
-                Prepared(unlabelled[name], preprocessing_of(model))
+                read(unlabelled[name], preprocessing_of(model), "unlabelled", screen, f" of {name}")
                 if name in unlabelled
                 else parts[name].train
             )

@@ -3,6 +3,8 @@
 import platform
 import shlex
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,18 +12,20 @@ import torch
 from torch import nn
 
 from ..backbones import backbone as build_backbone
+from ..bank.lock import one_at_a_time
 from ..core.adapters import Family
 from ..core.domain import domain_of
 from ..data import Prepared, Preprocessing, load
-from ..errors import TrainingError
+from ..errors import DivergedError, TrainingError
 from ..files import check_writable, reason
 from ..training.distributed import World, join
 from ..training.evaluate import evaluate
-from ..training.fit import fit
+from ..training.fit import Step, fit
 from ..training.pretrain import pretraining, write_trunk
 from ..training.recipe import Recipe
 from ..training.size import sensible_size
 from .console import Screen, counted, followed, percent, size
+from .reading import read, say_how_it_was_read
 
 
 @dataclass(frozen=True)
@@ -52,26 +56,41 @@ def pretrain(request: Request, screen: Screen) -> None:
     """
     checkpoint = request.out.with_name(f"{request.out.name}.unfinished")
     with join(request.device) as world:
-        if world.leads:
+        if not world.leads:
+            _pretrain(request, checkpoint, Screen(quiet=True), world)
+            return
+        _check_place(request)
+        with _alone(request):
             _make_way(request, checkpoint, screen)
-        else:
-            screen = Screen(quiet=True)
-        _pretrain(request, checkpoint, screen, world)
+            _pretrain(request, checkpoint, screen, world)
+
+
+def _alone(request: Request) -> AbstractContextManager[None]:
+    """For one pretraining of a file at a time."""
+    out = request.out
+    return one_at_a_time(
+        out.with_name(f"{out.name}.unfinished.lock"),
+        f"{out} is being pretrained by another process. Wait for it, or give another --out.",
+        f"cannot write {out}",
+    )
+
+
+def _check_place(request: Request) -> None:
+    if request.merge and request.adapter is None:
+        raise TrainingError("--merge folds adapters in, and there are none: give --adapter too.")
+    try:
+        check_writable(request.out.parent)
+    except OSError as error:
+        raise TrainingError(f"cannot write {request.out}: {reason(error)}") from error
 
 
 def _make_way(request: Request, checkpoint: Path, screen: Screen) -> None:
-    if request.merge and request.adapter is None:
-        raise TrainingError("--merge folds adapters in, and there are none: give --adapter too.")
     if request.out.exists():
         raise TrainingError(f"{request.out} is there already. Give another file, or remove it.")
     if checkpoint.exists() and not request.resume:
         raise TrainingError(
             f"{checkpoint} is a pretraining that was stopped. Go on with --resume, or remove it."
         )
-    try:
-        check_writable(request.out.parent)
-    except OSError as error:
-        raise TrainingError(f"cannot write {request.out}: {reason(error)}") from error
     if request.resume and not checkpoint.exists():
         screen.say("nothing to resume: starting from the beginning")
 
@@ -87,8 +106,8 @@ def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) 
     data = {}
     for name in ("train", "val", "test"):
         if (images := getattr(splits, name)) is not None:
-            with screen.bar(f"reading {name} images") as show:
-                data[name] = Prepared(images, preprocessing, progress=show)
+            data[name] = read(images, preprocessing, name, screen)
+    say_how_it_was_read(splits, screen)
     model = pretraining(
         fresh, splits.classes, request.adapter, preprocessing=preprocessing,
         seed=request.recipe.seed,
@@ -130,6 +149,15 @@ def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) 
     screen.finish({**card, "out": str(request.out), "epochs": epochs, "bytes": n_bytes})
 
 
+def _unless_diverged(steps: Iterable[Step], checkpoint: Path) -> Iterator[Step]:
+    """The steps; without the checkpoint where they diverge, as they would again from there."""
+    try:
+        yield from steps
+    except DivergedError:
+        checkpoint.unlink(missing_ok=True)
+        raise
+
+
 def _kept(merged: bool) -> str:
     return "folded in" if merged else "left out: the accuracies are with them"
 
@@ -150,7 +178,7 @@ def _train(
             checkpoint=checkpoint,
             device=request.device,
         )
-        for step in followed(steps, show):
+        for step in _unless_diverged(followed(steps, show), checkpoint):
             if step.val_accuracy is not None and not screen.err.is_terminal:
                 screen.say(
                     f"  epoch {step.epoch}: loss {step.loss:.3f}, "

@@ -32,6 +32,7 @@ from ..training.recipe import Recipe
 from ..training.recomputed import recomputed
 from ..training.size import sensible_size
 from .console import Screen, followed, percent, size
+from .reading import read, say_how_it_was_read
 
 CUT = "split"  # in a domain's provenance: the shares of train, val and test
 
@@ -241,21 +242,8 @@ def _prepared(
         if images is None:
             data[name] = None
             continue
-        with screen.bar(f"reading {name} images") as show:
-            data[name] = prepared = Prepared(images, preprocessing, progress=show)
-        if prepared.problems:
-            first = prepared.problems[0]
-            screen.warn(
-                f"{len(prepared.problems)} of {len(images)} {name} images left out; the first: "
-                f"{first.name}: {first.reason}"
-            )
-    if splits.note:
-        screen.say(f"  {splits.note}")
-    if splits.skipped:
-        screen.warn(
-            f"{len(splits.skipped)} left out that are no images of a class: {splits.skipped[0]}"
-            f"{' ...' if len(splits.skipped) > 1 else ''}"
-        )
+        data[name] = read(images, preprocessing, name, screen)
+    say_how_it_was_read(splits, screen)
     return data
 
 

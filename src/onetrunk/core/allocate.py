@@ -187,7 +187,7 @@ def allocate(
             f"{_family(smallest, 1)} at {smallest.name}, {_price(smallest):,} numbers. Give as "
             "many at least."
         )
-    units = spend(gains, {site.name: _price(site) for site in sites}, n_numbers)
+    units = spend(gains, {site.name: _prices(site) for site in sites}, n_numbers)
     shares = [_share(s, units[s.name], sensitivity.energies[s.name]) for s in sites]
     return Allocation(sensitivity.backbone, sensitivity.how, n_numbers, tuple(shares))
 
@@ -319,12 +319,21 @@ def budget_parts(budget: int | str) -> tuple[float, str]:
             f"cannot read the budget {budget!r}: write numbers (40000), bytes (150kB) or a share "
             "of the backbone (2%)."
         )
-    return float(number.replace(",", "").replace("_", "")), unit
+    amount = float(number.replace(",", "").replace("_", ""))
+    if amount == math.inf:
+        raise SpecError(f"the budget {number[:20]}... is beyond every number: give a smaller one.")
+    return amount, unit
 
 
 def _price(site: Site) -> int:
     """Numbers of a unit of rank, or of the whole matrix where that is less (depthwise layers)."""
     return min(site.cout + site.cin, Parallel().n_numbers(site))
+
+
+def _prices(site: Site) -> list[int]:
+    """Of every unit, in order: the last one brings the whole matrix for what that still costs."""
+    last = _n_units(site) - 1
+    return [_price(site)] * last + [Parallel().n_numbers(site) - last * _price(site)]
 
 
 def _n_units(site: Site) -> int:
@@ -344,10 +353,9 @@ def _numbers(sites: Iterable[Site], rank: int) -> int:
 
 
 def _gains(site: Site, energies: tuple[float, ...]) -> list[float]:
-    """Energies of the units on sale, falling: the last brings the matrix, so the rest with it."""
+    """Energies of the units on sale: the last brings the whole matrix, so the rest with it."""
     last = _n_units(site) - 1
-    rest = sum(energies[last:])
-    return [*energies[:last], rest if last == 0 else min(rest, energies[last - 1])]
+    return [*energies[:last], sum(energies[last:])]
 
 
 def _share(site: Site, n_units: int, energies: tuple[float, ...] = ()) -> Share:

@@ -206,6 +206,11 @@ def _resolve(
     if isinstance(family, Mapping):
         if where is not None:
             raise AttachError("a plan names its sites itself: leave `where` out.")
+        if of_head := next((name for name, own in family.items() if own.scope == "head"), None):
+            raise AttachError(
+                f"the plan puts {family[of_head]} at {of_head!r}, and that is no family of a layer "
+                "but of a whole domain: leave the layer out, or give the family instead of a plan."
+            )
         return "adapters", plan_text(family), dict(family), traced.skipped
     family = family or default_family(traced, where)
     if not isinstance(family, Family):

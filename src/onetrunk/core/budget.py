@@ -24,20 +24,20 @@ class Menu:
 
 
 def spend(
-    gains: Mapping[str, Sequence[float]], prices: Mapping[str, int], budget: int
+    gains: Mapping[str, Sequence[float]], prices: Mapping[str, Sequence[int]], budget: int
 ) -> dict[str, int]:
-    """How many units each site gets where a site's units are bought in order, at one price.
+    """How many units each site gets where a site's units are bought in order.
 
     Args:
-        gains: site -> gains of its units, falling; units of no gain are never bought.
-        prices: site -> price of one unit, above 0.
+        gains: site -> gain of each of its units; units of no gain are never bought.
+        prices: site -> price of each, above 0.
         budget: what may be spent in all.
 
-    >>> spend({"a": [9.0, 4.0], "b": [5.0, 1.0]}, {"a": 2, "b": 1}, budget=4)
+    >>> spend({"a": [9.0, 4.0], "b": [5.0, 1.0]}, {"a": [2, 2], "b": [1, 1]}, budget=4)
     {'a': 1, 'b': 2}
     """
     menus = {
-        site: Menu(prices[site] * np.arange(len(own) + 1.0), np.cumsum([0.0, *own]))
+        site: Menu(np.cumsum([0.0, *prices[site]]), np.cumsum([0.0, *own]))
         for site, own in gains.items()
     }
     chosen = choose(menus, budget)

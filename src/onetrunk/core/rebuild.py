@@ -33,7 +33,7 @@ def rebuilt(
     new = build(
         domain.backbone,
         scope=domain.scope,
-        family=plan_text(plan),
+        family=domain.family if plan == domain.plan else plan_text(plan),
         plan=plan,
         skipped=domain.skipped,
         classes=domain.classes,

@@ -117,10 +117,12 @@ class Spectrum:
         return p, q
 
     def fraction(self, fraction: float) -> Directions:
-        """The same share of the possible directions on every shared side, one at least."""
+        """The same share of the possible directions on every shared side, one at least; as it was
+        where they would cost no less."""
         p, q = (max(1, round(fraction * limit)) for limit in self.limits)
         _, o, i = self.a_doi.shape
-        return {"output": (p, i), "input": (o, q), "both": (p, q)}[self.share]
+        found = {"output": (p, i), "input": (o, q), "both": (p, q)}[self.share]
+        return found if self.cost(found) < self.n_numbers else AS_IT_WAS
 
     def factors(self, directions: Directions) -> dict[str, Tensor]:
         """The shared factors, orthonormal where the inputs are white."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.domain import domain_of
 from ..core.merge import model_in_eval
 from ..core.tree import copy_tree
-from ..errors import TrainingError
+from ..errors import DivergedError
 from .examples import Examples, ImageExamples, Progress, examples_of
 
 N_BINS = 15  # of the calibration error, as in Guo et al., ICML 2017
@@ -63,13 +63,13 @@ def evaluate(
         progress: called with (images done, images) after every batch.
 
     Raises:
-        TrainingError, DataError: as `fit`, for data that does not fit the domain, and where the
-            network's logits are not finite.
+        TrainingError, DataError: as `fit`, for data that does not fit the domain.
+        DivergedError: where the network's logits are not finite.
     """
     examples = examples_of(model, data)
     logits_nc = logits_of(model, examples, batch_size, device, progress)
     if not torch.isfinite(logits_nc).all():
-        raise TrainingError(
+        raise DivergedError(
             "the network's logits are not finite (NaN or infinity), so nothing can be said of it: "
             "look for broken numbers in the images, or train the domain again."
         )

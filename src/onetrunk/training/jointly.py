@@ -133,10 +133,10 @@ def tune_basis(
                 n_steps[name], n_done = step.n_steps, n_done + 1
                 if progress is not None and len(n_steps) == len(models):
                     progress(n_done, sum(n_steps.values()) * len(RATES))
+            found = with_frozen_basis(candidates)
+            accuracy = mean_accuracy(found)
         except DivergedError:
             continue  # too high a rate is no better one
-        found = with_frozen_basis(candidates)
-        accuracy = mean_accuracy(found)
         if accuracy > best_accuracy:
             best, best_accuracy = found, accuracy
     return best
