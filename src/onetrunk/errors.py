@@ -46,7 +46,7 @@ class TrainingError(OnetrunkError):
 
 
 class DivergedError(TrainingError):
-    """A training whose loss, gradient or network is not finite: its last good state is kept."""
+    """A loss, gradient or network that is not finite; `fit` keeps the last good state."""
 
 
 class BankError(OnetrunkError):

@@ -9,8 +9,8 @@ EMPTY = "#f2f3f5"  # where nothing was spent
 RANGE = (0.001, 1.0)  # shares of a layer with a colour of their own
 
 
-def check_drawable(path: Path, what: str) -> None:
-    """Refuses early what could not be drawn after hours of work.
+def check_drawable(path: Path, what: str, instead: str = "") -> None:
+    """Refuses early what could not be drawn after hours of work; `instead` is another way out.
 
     Raises:
         MissingExtraError: where matplotlib is not installed.
@@ -20,7 +20,8 @@ def check_drawable(path: Path, what: str) -> None:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise MissingExtraError(
-            f"{what} {path} needs matplotlib, which is not installed: pip install onetrunk[report]"
+            f"{what} {path}{instead} needs matplotlib, which is not installed: "
+            "pip install onetrunk[report]"
         ) from None
     known = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:

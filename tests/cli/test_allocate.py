@@ -102,6 +102,7 @@ FILES = {
         (("allocate", "--budget", "2%", "--pattern", "layer9"), "none of the backbone's 25"),
         (("allocate", "--budget", "2%", "--plan-only", "--out", "no/p.json"), "cannot be written"),
         (("allocate", "--budget", "9" * 400), "the budget 99999999999999999999... is beyond"),
+        (("allocate", "--budget", "9" * 308 + "GB"), "the budget 99999999999999999999... is"),
         (("allocate", "--budget", "2%", "--map", "a.xyz"), "a.xyz ends in '.xyz', and the ending"),
         (("allocate", "--budget", "2%", "--map", "map"), "for example map.png"),
         (("train", "--plan", "head.json"), "the plan puts head at 'stem', and that is no family"),

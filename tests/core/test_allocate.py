@@ -299,20 +299,28 @@ def test_more_budget_takes_nothing_away_where_units_cost_the_same(energies, budg
 
 @given(
     offers=st.lists(
-        st.tuples(st.integers(1, 20), st.lists(st.integers(0, 50), max_size=6)), max_size=5
+        st.tuples(
+            st.integers(1, 20),
+            st.lists(st.integers(0, 50), max_size=6),
+            st.integers(1, 20),
+            st.integers(0, 90),
+        ),
+        max_size=5,
     ),
     budget=st.integers(0, 120),
     more=st.integers(0, 40),
 )
 def test_more_budget_never_buys_less_energy(offers, budget, more) -> None:
-    gains = {str(k): sorted(gains)[::-1] for k, (_, gains) in enumerate(offers)}
-    prices = {str(k): price for k, (price, _) in enumerate(offers)}
+    # the last unit brings the rest of a matrix, at a price of its own
+    gains = {str(k): [*sorted(gains)[::-1], last] for k, (_, gains, _, last) in enumerate(offers)}
+    prices = {
+        str(k): [price] * len(gains) + [min(last_price, price)]
+        for k, (price, gains, last_price, _) in enumerate(offers)
+    }
 
     def bought(numbers: int) -> int:
-        units = spend(
-            gains, {site: [prices[site]] * len(own) for site, own in gains.items()}, numbers
-        )
-        assert sum(prices[site] * n for site, n in units.items()) <= numbers
+        units = spend(gains, prices, numbers)
+        assert sum(sum(prices[site][:n]) for site, n in units.items()) <= numbers
         return sum(sum(gains[site][:n]) for site, n in units.items())
 
     assert bought(budget + more) >= bought(budget)

@@ -5,26 +5,32 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from onetrunk.bank.folder import UNFINISHED
-from onetrunk.errors import BankError
+from onetrunk.errors import BankError, OnetrunkError
 from onetrunk.files import DISK, reason
 
 
+class BusyError(BankError):
+    """A name that another process is training into the same bank."""
+
+
 @contextmanager
-def one_at_a_time(lock: Path, busy: str, refused: str) -> Iterator[None]:
+def one_at_a_time(
+    lock: Path, busy: OnetrunkError, kind: type[OnetrunkError], refused: str
+) -> Iterator[None]:
     """Holds `lock` for the block; its folder is made where there is none.
 
     Raises:
-        BankError: with `busy` where another process holds it, with `refused` and the reason where
-            the file system does not let it.
+        OnetrunkError: `busy` where another process holds it; of `kind`, with `refused` and the
+            reason, where the file system does not let it.
     """
     with ExitStack() as stack:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(DISK.lock(lock, 0.0))
         except TimeoutError:
-            raise BankError(busy) from None
+            raise busy from None
         except OSError as error:
-            raise BankError(f"{refused}: {reason(error)}") from error
+            raise kind(f"{refused}: {reason(error)}") from error
         try:
             yield
         finally:
@@ -37,16 +43,17 @@ def one_training(bank: Path, name: str) -> Iterator[None]:
     """For one training of a name into the bank at `bank`: two would write over each other.
 
     Raises:
-        BankError: where another process trains it, or the file system refuses.
+        BusyError: where another process trains it.
+        BankError: where the file system refuses.
     """
     folder = bank / UNFINISHED
+    busy = BusyError(
+        f"{name!r} is being trained into {bank} by another process. Wait for it, or give another "
+        "name."
+    )
+    refused = f"cannot train into bank {bank}"
     try:
-        with one_at_a_time(
-            folder / f"{name}.lock",
-            f"{name!r} is being trained into {bank} by another process. Wait for it, or give "
-            "another name.",
-            f"cannot train into bank {bank}",
-        ):
+        with one_at_a_time(folder / f"{name}.lock", busy, BankError, refused):
             yield
     finally:
         with suppress(OSError):

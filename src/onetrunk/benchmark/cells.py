@@ -27,6 +27,7 @@ from ..core.cost import cost
 from ..core.domain import domain_of, stored
 from ..data import Images, Prepared, Preprocessing, Splits, load
 from ..errors import DataError, DivergedError
+from ..training.checkpoint import forgotten_if_diverged
 from ..training.evaluate import evaluate
 from ..training.fit import best_device, fit
 from ..training.probe import start_from_probe
@@ -226,17 +227,13 @@ def _trained(
     """
     model = fresh(method, setting)
     checkpoint = work / "checkpoints" / f"{_trial_key(cell, tuning)}.safetensors"
-    try:
-        recipe = recipe_of(cell, method, tuning, len(setting.train))
-        steps = fit(
-            model, setting.train, recipe,
-            val=setting.val, checkpoint=checkpoint, graphed=cell.graphed,
-        )  # fmt: skip
-        for _ in steps:
-            pass
-    except DivergedError:
-        checkpoint.unlink(missing_ok=True)
-        raise
+    recipe = recipe_of(cell, method, tuning, len(setting.train))
+    steps = fit(
+        model, setting.train, recipe,
+        val=setting.val, checkpoint=checkpoint, graphed=cell.graphed,
+    )  # fmt: skip
+    for _ in forgotten_if_diverged(steps, checkpoint):
+        pass
     checkpoint.unlink(missing_ok=True)
     return model, evaluate(model, setting.val).accuracy
 

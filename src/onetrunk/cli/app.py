@@ -588,7 +588,10 @@ def compress(
         str, typer.Option(help="The side that domains share: input, output or both.")
     ] = "input",
     uniform: Annotated[
-        bool, typer.Option("--uniform", help="The same share of ranks at every layer (the paper).")
+        bool,
+        typer.Option(
+            "--uniform", help="The same share of ranks wherever that is smaller (the paper)."
+        ),
     ] = False,
     tune: Annotated[
         list[str] | None,

@@ -94,7 +94,9 @@ def show(
         f"{summary.numbers_after:,} numbers ({percent(summary.kept)}), their basis counted once"
     )
     if uniform:
-        screen.say(f"  {percent(asked or 0)} of the directions at every layer")
+        screen.say(
+            f"  {percent(asked or 0)} of the directions at every layer where that is smaller"
+        )
     elif asked is not None and summary.kept < LITTLE * asked:
         screen.say("  fewer than asked for: more directions would hold nothing")
     rows = [

@@ -90,7 +90,7 @@ def run(request: Request, screen: Screen) -> None:
         models, figures = _chosen(request.bank)
         _refuse_unknown(request, models)
         if request.picture and request.data:
-            check_drawable(request.file, "with no --no-picture, the picture")
+            check_drawable(request.file, "the picture", " (else say --no-picture)")
         cards = request.bank.domains
         parts = {
             name: _parts(models[name], load_as_trained(source, cards[name]), source, screen)
@@ -366,14 +366,15 @@ def _seen(
             )
         return None
     seen: dict[str, Any] = {}
+    images = {
+        name: read(unlabelled[name], preprocessing_of(model), "unlabelled", screen, f" of {name}")
+        if name in unlabelled
+        else parts[name].train
+        for name, model in models.items()
+    }
     with screen.bar("looking at activations") as show:
         for done, (name, model) in enumerate(models.items()):
-            images = (
-                read(unlabelled[name], preprocessing_of(model), "unlabelled", screen, f" of {name}")
-                if name in unlabelled
-                else parts[name].train
-            )
-            seen |= activation_covariances({name: model}, {name: images.few_views(N_SEEN)})
+            seen |= activation_covariances({name: model}, {name: images[name].few_views(N_SEEN)})
             show(done + 1, len(models))
     return seen
 

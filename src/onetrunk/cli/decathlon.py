@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import OnetrunkError, TrainingError
 from .console import UNTRAINED, Screen, percent
 from .options import AsJson, Device, Epochs
 
@@ -54,6 +55,7 @@ def decathlon(
     from ..backbones import backbone as build_backbone
     from ..backbones.written_form import is_untrained
     from ..bank.bank import usable_device
+    from ..bank.lock import BusyError
     from ..benchmark.decathlon import (
         DOMAINS,
         Devkit,
@@ -82,32 +84,45 @@ def decathlon(
     network = build_backbone(backbone, weights=weights)
     if is_untrained(backbone, weights):
         screen.warn(UNTRAINED)
-    screen.say(f"reading the lists of images in {folder}; ImageNet's takes a minute or two")
+    slow = "; ImageNet's takes a minute or two" if "imagenet12" in names else ""
+    screen.say(f"reading the lists of images in {folder}{slow}")
     kit = read_devkit(folder, names)
     if labels is not None:
         check_labels(kit, labels)
     for name, files in kit.domains.items():
         counts = f"{len(files.train)} train, {len(files.val)} val, {len(files.test)} test"
         screen.say(f"{name}: {len(files.classes)} classes, images: {counts}")
+    left_to_do: list[str] = []
     failed: dict[str, str] = {}
+
+    def tell(name: str, error: OnetrunkError) -> None:
+        left_to_do.append(name)
+        busy = isinstance(error, BusyError)
+        screen.warn(f"{name} is left to another process" if busy else f"{name} failed: {error}")
+
     with screen.bar("training") as show:
         left, done = sum(steps_left(kit, settings, out).values()), dict[str, int]()
 
         def reading(name: str, n_read: int, n_images: int) -> None:
             show(sum(done.values()), left, f"reading {name}: {n_read:,} of {n_images:,} images")
 
+        steps = train(kit, network, settings, out, progress=reading, on_failure=tell)
         try:
-            for name, step in train(kit, network, settings, out, progress=reading):
+            for name, step in steps:
                 done[name] = step.step
                 show(sum(done.values()), left, f"{name}, loss {step.loss:.3f}")
         except FailedDomainsError as error:
-            if (failed := error.reasons).keys() == kit.domains.keys():
-                raise
-    finished = {name: files for name, files in kit.domains.items() if name not in failed}
+            failed = error.reasons
+    finished = {name: files for name, files in kit.domains.items() if name not in left_to_do}
+    if not finished:
+        raise TrainingError(
+            f"none of {', '.join(kit.domains)} is finished in {out}. The same command trains what "
+            "is left."
+        )
     report = conclude(Devkit(kit.folder, finished), settings, out, labels=labels)
     _show_decathlon(report, screen)
-    for name, why in failed.items():
-        screen.warn(f"{name} failed: {why} The same command trains what is left.")
+    if left_to_do:
+        screen.say(f"{', '.join(left_to_do)}: not finished; the same command trains what is left")
     screen.finish({**report.to_json(), "failed": failed})
     if failed:
         raise typer.Exit(1)

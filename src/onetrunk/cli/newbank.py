@@ -33,11 +33,9 @@ def alone(out: Path) -> AbstractContextManager[None]:
     Raises:
         BankError: where there is another, or the file system refuses.
     """
-    return one_at_a_time(
-        out.with_name(f"{out.name}.unfinished.lock"),  # the longest name that is needed
-        f"{out} is being made by another process. Wait for it, or give another --out.",
-        f"cannot write beside {out}",
-    )
+    busy = BankError(f"{out} is being made by another process. Wait for it, or give another --out.")
+    lock = out.with_name(f"{out.name}.unfinished.lock")  # the longest name that is needed
+    return one_at_a_time(lock, busy, BankError, f"cannot write beside {out}")
 
 
 def stopped(out: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:

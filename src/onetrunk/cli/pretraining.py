@@ -3,7 +3,6 @@
 import platform
 import shlex
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,12 @@ from ..bank.lock import one_at_a_time
 from ..core.adapters import Family
 from ..core.domain import domain_of
 from ..data import Prepared, Preprocessing, load
-from ..errors import DivergedError, TrainingError
+from ..errors import TrainingError
 from ..files import check_writable, reason
+from ..training.checkpoint import forgotten_if_diverged
 from ..training.distributed import World, join
 from ..training.evaluate import evaluate
-from ..training.fit import Step, fit
+from ..training.fit import fit
 from ..training.pretrain import pretraining, write_trunk
 from ..training.recipe import Recipe
 from ..training.size import sensible_size
@@ -68,11 +68,11 @@ def pretrain(request: Request, screen: Screen) -> None:
 def _alone(request: Request) -> AbstractContextManager[None]:
     """For one pretraining of a file at a time."""
     out = request.out
-    return one_at_a_time(
-        out.with_name(f"{out.name}.unfinished.lock"),
-        f"{out} is being pretrained by another process. Wait for it, or give another --out.",
-        f"cannot write {out}",
+    busy = TrainingError(
+        f"{out} is being pretrained by another process. Wait for it, or give another --out."
     )
+    lock = out.with_name(f"{out.name}.unfinished.lock")
+    return one_at_a_time(lock, busy, TrainingError, f"cannot write {out}")
 
 
 def _check_place(request: Request) -> None:
@@ -149,15 +149,6 @@ def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) 
     screen.finish({**card, "out": str(request.out), "epochs": epochs, "bytes": n_bytes})
 
 
-def _unless_diverged(steps: Iterable[Step], checkpoint: Path) -> Iterator[Step]:
-    """The steps; without the checkpoint where they diverge, as they would again from there."""
-    try:
-        yield from steps
-    except DivergedError:
-        checkpoint.unlink(missing_ok=True)
-        raise
-
-
 def _kept(merged: bool) -> str:
     return "folded in" if merged else "left out: the accuracies are with them"
 
@@ -178,7 +169,7 @@ def _train(
             checkpoint=checkpoint,
             device=request.device,
         )
-        for step in _unless_diverged(followed(steps, show), checkpoint):
+        for step in forgotten_if_diverged(followed(steps, show), checkpoint):
             if step.val_accuracy is not None and not screen.err.is_terminal:
                 screen.say(
                     f"  epoch {step.epoch}: loss {step.loss:.3f}, "

@@ -21,9 +21,10 @@ from ..core.domain import delta, domain_of
 from ..core.plan import Plan, Where
 from ..data import Prepared, Preprocessing, Splits, load
 from ..data.options import Fractions
-from ..errors import BankError, DataError, DivergedError
+from ..errors import BankError, DataError
 from ..files import check_writable, reason
 from ..training.cached import cached
+from ..training.checkpoint import forgotten_if_diverged
 from ..training.evaluate import Evaluation, evaluate
 from ..training.fit import fit
 from ..training.optimizer import held_norms
@@ -331,12 +332,8 @@ def _fit(
             device=request.device,
             graphed=request.graphed,
         )
-        try:
-            for _ in followed(steps, show):
-                pass
-        except DivergedError:  # it would diverge again: the next training starts anew
-            checkpoint.unlink(missing_ok=True)
-            raise
+        for _ in forgotten_if_diverged(followed(steps, show), checkpoint):
+            pass
 
 
 def _store(bank: Bank, request: Request, trained: Trained) -> None:

@@ -320,7 +320,7 @@ def budget_parts(budget: int | str) -> tuple[float, str]:
             "of the backbone (2%)."
         )
     amount = float(number.replace(",", "").replace("_", ""))
-    if amount == math.inf:
+    if amount * BYTES.get(unit, 1) == math.inf:
         raise SpecError(f"the budget {number[:20]}... is beyond every number: give a smaller one.")
     return amount, unit
 
@@ -353,9 +353,14 @@ def _numbers(sites: Iterable[Site], rank: int) -> int:
 
 
 def _gains(site: Site, energies: tuple[float, ...]) -> list[float]:
-    """Energies of the units on sale: the last brings the whole matrix, so the rest with it."""
+    """Energies of the units on sale: the last brings the whole matrix, so the rest with it.
+
+    Counted no higher for its numbers than the unit before, so that they fall.
+    """
+    *_, price, last_price = [0, *_prices(site)]
     last = _n_units(site) - 1
-    return [*energies[:last], sum(energies[last:])]
+    rest = sum(energies[last:])
+    return [*energies[:last], min(rest, energies[last - 1] * last_price / price) if last else rest]
 
 
 def _share(site: Site, n_units: int, energies: tuple[float, ...] = ()) -> Share:

@@ -51,7 +51,7 @@ def choose(menus: Mapping[str, Menu], budget: int) -> dict[str, int] | None:
 
     Each site starts at its cheapest entry; then the step of the most energy for its numbers is
     taken, over all sites, along the upper convex hull of each menu, where steps get ever worse. A
-    site whose next step does not fit takes the best entry that does.
+    site whose next step does not fit goes on along the hull of what does.
     """
     hulls = {site: _hull(menu) for site, menu in menus.items()}
     at = dict.fromkeys(menus, 0)
@@ -70,10 +70,12 @@ def choose(menus: Mapping[str, Menu], budget: int) -> dict[str, int] | None:
             at[site] += 1
             if at[site] + 1 < len(hull):
                 heapq.heappush(steps, _step(site, menu, hull, at[site]))
+            budget, chosen[site] = budget - price, there
         else:
-            there = _best_within(menu, menu.prices[here] + budget)
-            price = int(menu.prices[there] - menu.prices[here])
-        budget, chosen[site] = budget - price, there
+            hulls[site] = hull = _hull(menu, menu.prices[here], menu.prices[here] + budget)
+            at[site] = 0
+            if len(hull) > 1:
+                heapq.heappush(steps, _step(site, menu, hull, 0))
     return chosen
 
 
@@ -82,14 +84,11 @@ def _step(site: str, menu: Menu, hull: list[int], k: int) -> tuple[float, str]:
     return -float(gain / (menu.prices[hull[k + 1]] - menu.prices[hull[k]])), site
 
 
-def _best_within(menu: Menu, numbers: float) -> int:
-    fits = np.flatnonzero(menu.prices <= numbers)
-    return int(fits[np.lexsort((menu.prices[fits], -menu.energies[fits]))[0]])
-
-
-def _hull(menu: Menu) -> list[int]:
-    """Places in the menu on the upper convex hull of energy over numbers, the cheapest first."""
+def _hull(menu: Menu, least: float = -np.inf, most: float = np.inf) -> list[int]:
+    """Places in the menu, of those prices, on the upper convex hull of energy over numbers, the
+    cheapest first."""
     order = np.lexsort((-menu.energies, menu.prices))
+    order = order[(menu.prices[order] >= least) & (menu.prices[order] <= most)]
     best = np.maximum.accumulate(menu.energies[order])
     better = np.flatnonzero(np.diff(best, prepend=-np.inf) > 0)
     hull: list[int] = []

@@ -14,6 +14,14 @@ from .tree import own_tensors, replace_module
 def replace_head(
     model: nn.Module, head: tuple[str, ...], features: int, n_classes: int, generator: Generator
 ) -> None:
+    """Puts a fresh layer of `n_classes` at each of the module paths `head` of `model`, in place.
+
+    Args:
+        features: what goes in, where the old head is no linear layer or convolution.
+
+    Raises:
+        BackboneError: where there is no head, or it cannot be made anew.
+    """
     if not head:
         raise BackboneError(
             f"{type(model).__name__} shows no classifier to replace: its output is not that of its "

@@ -98,7 +98,7 @@ def compress(
         keep: budget as a share of the adapters' numbers, the basis counted once: 0.5 halves them.
         numbers, n_bytes: the same as a count of numbers or bytes.
         rank_fraction: no budget but the same share of the possible directions everywhere: 0.5 is
-            the paper's r = C / 2.
+            the paper's r = C / 2; where they would cost no less, a site stays as it was.
         share: the side whose factor all domains share: `input`, the best one measured
             (docs/results/compression.md), `output` (our reading of the paper), or `both`.
         covariances: from `activation_covariances`; the error is then that of the layers' outputs

@@ -124,12 +124,14 @@ def with_frozen_basis(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def adapted_at(model: nn.Module, site: str) -> Adapted:
+    """The layer of a domain's plan with its adapter."""
     module = model.get_submodule(site)
     assert isinstance(module, Adapted)  # its plan has an adapter there
     return module
 
 
 def adapter_at(model: nn.Module, site: str) -> nn.Module:
+    """The adapter of a layer of a domain's plan."""
     return adapted_at(model, site).adapter
 
 

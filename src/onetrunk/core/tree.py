@@ -118,6 +118,11 @@ _NORMS = (
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
+def is_counter(buffer: Tensor) -> bool:
+    """A lone whole number may count calls; more of them are a table, which nobody writes to."""
+    return buffer.numel() == 1 and not buffer.is_floating_point()
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` is a norm with numbers of its own, of torch, timm, torchvision or a user.
 
@@ -220,8 +225,3 @@ def _unwrapped(name: str, wrapped: set[str]) -> str | None:
 
 
 WRAPPERS = ("Adapted", "Frozen")
-
-
-def is_counter(buffer: Tensor) -> bool:
-    """A lone whole number may count calls; more of them are a table, which nobody writes to."""
-    return buffer.numel() == 1 and not buffer.is_floating_point()

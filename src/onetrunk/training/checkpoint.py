@@ -8,18 +8,19 @@ bit.
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..errors import DamagedError, TrainingError
+from ..errors import DamagedError, DivergedError, TrainingError
 from ..files import read_checked, reason, write_atomically
 from ..tensorfile import pack, unpack
 
 FORMAT = 2
+T = TypeVar("T")
 PARTS = ("network", "best", "good", "optimizer")
 
 
@@ -167,3 +168,16 @@ def differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def forgotten_if_diverged(steps: Iterable[T], checkpoint: Path) -> Iterator[T]:
+    """The steps of a training; where it diverges its checkpoint goes, as from there it would again.
+
+    Raises:
+        DivergedError: as `fit`.
+    """
+    try:
+        yield from steps
+    except DivergedError:
+        checkpoint.unlink(missing_ok=True)
+        raise

@@ -9,6 +9,7 @@ import torch
 
 from onetrunk.backbones import resnet26
 from onetrunk.bank.bank import Bank
+from onetrunk.bank.lock import BusyError, one_training
 from onetrunk.benchmark.decathlon import (
     FailedDomainsError,
     Settings,
@@ -279,10 +280,12 @@ def test_a_domain_that_fails_does_not_stop_the_others(kit, backbone, tmp_path, j
     devkit, asked, work = read_devkit(kit, ["dtd", "gtsrb"]), settings(joint=joint), tmp_path / "w"
     (kit / "data" / devkit.domains["dtd"].test.names[-1]).write_bytes(b"no image")
     seen = []
-    with pytest.raises(ValueError, match="the same call goes on when that is repaired"):
-        for name, _ in train(devkit, backbone, asked, work):
+    with pytest.raises(ValueError, match="when that is repaired the same call trains what is"):
+        for name, _ in train(
+            devkit, backbone, asked, work, on_failure=lambda name, _: seen.append(f"{name} failed")
+        ):
             seen.append(name)
-    assert seen == ["gtsrb"] * 4
+    assert seen == ["dtd failed"] + ["gtsrb"] * 4  # told at once
     assert conclude(read_devkit(kit, ["gtsrb"]), asked, work).answered == ("gtsrb",)
 
 
@@ -292,11 +295,11 @@ def test_the_command_reports_what_is_finished_and_names_what_failed(command, kit
     words = ("decathlon", kit, *COMMON, "--out", tmp_path / "work", "--domains")
     ran = command(*words, "dtd,gtsrb")
     assert ran.status == 1 and "dtd failed: image 'dtd/test/" in ran.err
-    assert "The same command trains what is left." in ran.err
+    assert "dtd: not finished; the same command trains what is left" in ran.out
     assert "gtsrb" in ran.out and "answers for 1 of the ten domains" in ran.out
     assert json.loads(command(*words, "dtd,gtsrb", "--json").out)["failed"].keys() == {"dtd"}
     ran = command(*words, "dtd")
-    assert ran.status == 1 and "error: training failed, and the same call goes on when" in ran.err
+    assert ran.status == 1 and "error: none of dtd is finished in" in ran.err
     ran = command(*words, "aircraft", "--epochs", 2)
     assert ran.status == 0
     assert "gtsrb is there too, trained with recipe released(epochs=1): " in ran.err
@@ -306,10 +309,33 @@ def test_two_runs_do_not_train_one_domain_at_once(kit, backbone, tmp_path):
     devkit, work = read_devkit(kit, ["dtd", "gtsrb"]), tmp_path / "work"
     first = train(devkit, backbone, settings(), work)
     next(first)
-    with pytest.raises(FailedDomainsError, match=r"'dtd' is being trained into .* by another"):
-        list(train(devkit, backbone, settings(), work))  # gtsrb it trains itself
+    told = []
+    second = train(devkit, backbone, settings(), work, on_failure=lambda *of: told.append(of))
+    assert {name for name, _ in second} == {"gtsrb"}
+    assert [name for name, _ in told] == ["dtd"] and isinstance(told[0][1], BusyError)
     assert {name for name, _ in first} == {"dtd"}
     assert conclude(devkit, settings(), work).answered == ("dtd", "gtsrb")
+
+
+def test_the_command_leaves_alone_what_another_process_trains(command, kit, tmp_path):
+    words = ("decathlon", kit, *COMMON, "--out", tmp_path / "work", "--domains")
+    assert command(*words, "aircraft").status == 0
+    with one_training(tmp_path / "work" / "bank", "dtd"):
+        ran = command(*words, "dtd,gtsrb")
+    assert ran.status == 0 and "dtd is left to another process" in ran.err
+    assert "dtd: not finished; the same command trains what is left" in ran.out
+    assert command(*words, "dtd,gtsrb").status == 0
+
+
+def test_a_domain_that_diverged_may_be_trained_with_another_rate(kit, backbone, tmp_path):
+    devkit, work = read_devkit(kit, ["dtd"]), tmp_path / "work"
+    wild = dataclasses.replace(QUICK, lr=1e30, optimizer="sgd", clip_norm=None, epochs=9)
+    steps = train(devkit, backbone, settings(recipe=wild), work)
+    next(steps)
+    steps.close()  # there is a checkpoint now
+    with pytest.raises(FailedDomainsError, match=r"dtd: .* Lower the learning rate"):
+        list(train(devkit, backbone, settings(recipe=wild), work))
+    assert len(list(train(devkit, backbone, settings(), work))) == 4
 
 
 def test_reading_shows_which_domain_is_read(kit, backbone, tmp_path):

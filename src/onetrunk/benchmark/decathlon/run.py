@@ -31,15 +31,16 @@ from torch import nn
 
 from ...bank.bank import Bank, Card, is_bank
 from ...bank.folder import UNFINISHED
-from ...bank.lock import one_training
+from ...bank.lock import BusyError, one_training
 from ...core.adapters import Family
 from ...core.attach import attach
 from ...data.images import MEMORY_LIMIT_BYTES
-from ...errors import BankError, DataError, OnetrunkError, TrainingError
+from ...errors import BankError, DataError, DivergedError, OnetrunkError, TrainingError
 from ...files import PathLike, reason
+from ...training.checkpoint import forgotten_if_diverged
 from ...training.evaluate import logits_of
 from ...training.examples import Examples, Progress
-from ...training.fit import Step, fit
+from ...training.fit import Step, best_device, fit
 from ...training.recipe import RELEASED, Recipe
 from .domains import DOMAINS
 from .files import Devkit, DomainFiles
@@ -49,6 +50,7 @@ from .submission import read_results, score_answers, write_results
 
 RESULTS = "results.json"
 Reading = Callable[[str, int, int], None]  # called with domain, images read, images
+Telling = Callable[[str, OnetrunkError], None]  # called with domain, why it was left
 
 
 class FailedDomainsError(TrainingError):
@@ -62,7 +64,8 @@ class FailedDomainsError(TrainingError):
         self.reasons = dict(reasons)
         lines = [f"{name}: {reason}" for name, reason in self.reasons.items()]
         super().__init__(
-            "training failed, and the same call goes on when that is repaired:\n" + "\n".join(lines)
+            "training failed; when that is repaired the same call trains what is left:\n"
+            + "\n".join(lines)
         )
 
 
@@ -127,6 +130,7 @@ def train(
     work: PathLike,
     *,
     progress: Reading | None = None,
+    on_failure: Telling | None = None,
 ) -> Iterator[tuple[str, Step]]:
     """Trains what is not finished yet in `work`: yields (domain, step), one for every step.
 
@@ -134,27 +138,30 @@ def train(
 
     Args:
         progress: called with (domain, images read, images) while the images of a domain are read.
+        on_failure: called with (domain, error) as soon as one fails, or is left to another process
+            that is training it.
 
     Raises:
         BankError: where `work` is another run's: another backbone, or a domain trained otherwise.
-        FailedDomainsError: after the others' end, where an image of a domain cannot be read, its
-            training diverges, or another process is training it.
+        FailedDomainsError: after the others' end, where an image of a domain cannot be read or its
+            training diverges.
     """
     folder = _folder(work)
     bank = Bank.open_or_create(folder / "bank", backbone)
     waiting = _waiting(devkit, bank, settings, folder)
     limit = MEMORY_LIMIT_BYTES // max(1, len(waiting)) if settings.joint else MEMORY_LIMIT_BYTES
     failed: dict[str, str] = {}
+
+    def note(name: str, error: OnetrunkError) -> None:
+        if not isinstance(error, BusyError):
+            failed[name] = str(error)
+        if on_failure is not None:
+            on_failure(name, error)
+
     with ExitStack() as stack:
         trainings = [
             stack.enter_context(
-                closing(
-                    _noting_failure(
-                        files.official.name,
-                        _train_one(files, bank, settings, folder, limit, progress),
-                        failed,
-                    )
-                )
+                closing(_train_one(files, bank, settings, folder, limit, progress, note))
             )
             for files in waiting
         ]
@@ -260,14 +267,6 @@ def _taking_turns(trainings: Sequence[Training]) -> Training:
             break
 
 
-def _noting_failure(name: str, training: Training, failed: dict[str, str]) -> Training:
-    """A training that ends where it fails, the reason noted: the others go on."""
-    try:
-        yield from training
-    except OnetrunkError as error:
-        failed[name] = str(error)
-
-
 def _train_one(
     files: DomainFiles,
     bank: Bank,
@@ -275,19 +274,24 @@ def _train_one(
     folder: Path,
     limit: int,
     progress: Reading | None,
+    note: Telling,
 ) -> Training:
     """One domain: trained, its test answers on disk, and only then in the bank.
 
-    One that is in the bank already only answers.
+    One that is in the bank already only answers. Where it fails that is noted: the others go on.
     """
     name = files.official.name
     shown = None if progress is None else partial(progress, name)
-    with one_training(bank.path, name):
-        if not _is_trained(bank, folder, files, settings):
-            yield from _trained(files, bank, settings, folder, limit, shown)
-        elif _answers(folder, files) is None:
-            test = _for_evaluation(files, "test", limit, shown)
-            _answer(bank.load(name, device=settings.device), files, test, folder)
+    try:
+        with one_training(bank.path, name):
+            if not _is_trained(bank, folder, files, settings):
+                yield from _trained(files, bank, settings, folder, limit, shown)
+            elif _answers(folder, files) is None:
+                test = _for_evaluation(files, "test", limit, shown)
+                model = bank.load(name, device=settings.device or best_device())
+                _answer(model, files, test, folder)
+    except OnetrunkError as error:
+        note(name, error)
 
 
 def _trained(
@@ -323,7 +327,7 @@ def _trained(
     checkpoint = bank.path / UNFINISHED / f"{name}.safetensors"
     steps = fit(model, data, recipe, val=val, checkpoint=checkpoint, device=settings.device)
     with closing(cast(Generator[Step, None, None], steps)):
-        for step in steps:
+        for step in forgotten_if_diverged(steps, checkpoint):
             yield name, step
     metrics = {} if val is None else {"val_accuracy": _accuracy(model, val)}
     _answer(model, files, test, folder)
@@ -352,7 +356,7 @@ def _found(model: nn.Module, examples: Examples) -> torch.Tensor:
     """The likeliest label of every example, int64 (n,)."""
     logits_nc = logits_of(model, examples, batch_size=100)
     if not torch.isfinite(logits_nc).all():
-        raise TrainingError(
+        raise DivergedError(
             "the network's logits are not finite (NaN or infinity): train the domain again with a "
             "lower learning rate."
         )
