@@ -274,7 +274,7 @@ def test_a_basis_that_the_bank_has_already_counts_in_its_size(run, stored, tmp_p
     assert f"{every[1]} {every[2]}" == size(held)
 
 
-def test_domains_of_which_no_two_share_their_layers_are_refused(run, photos, stored, tmp_path):
+def test_domains_of_which_no_two_share_their_layers_are_refused(run, stored, tmp_path):
     own = tmp_path / "own.bank"
     net = Bank.open(stored).backbone
     bank = Bank.create(own, net)

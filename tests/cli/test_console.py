@@ -23,6 +23,10 @@ def test_a_log_gets_a_line_every_half_minute_with_the_time_left(monkeypatch, cap
     ]
 
 
+def test_a_log_says_what_is_read_while_no_step_is_done(monkeypatch, capsys):
+    assert told(monkeypatch, capsys, [0, 0, 0]) == ["training flowers: 0/20 loss 0.0, 0:00:30"]
+
+
 def test_a_resumed_run_counts_its_own_steps(monkeypatch, capsys):
     assert told(monkeypatch, capsys, range(10, 14)) == [
         "training flowers: 12/20 loss 12.0, 0:00:30, left 0:01:20"

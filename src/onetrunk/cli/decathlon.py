@@ -1,5 +1,6 @@
 """benchmark decathlon, decathlon-score: the challenge from its official files, for a person."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,11 +93,10 @@ def decathlon(
     for name, files in kit.domains.items():
         counts = f"{len(files.train)} train, {len(files.val)} val, {len(files.test)} test"
         screen.say(f"{name}: {len(files.classes)} classes, images: {counts}")
-    left_to_do: list[str] = []
-    failed: dict[str, str] = {}
+    not_done: dict[str, OnetrunkError] = {}
 
     def tell(name: str, error: OnetrunkError) -> None:
-        left_to_do.append(name)
+        not_done[name] = error
         busy = isinstance(error, BusyError)
         screen.warn(f"{name} is left to another process" if busy else f"{name} failed: {error}")
 
@@ -107,13 +107,11 @@ def decathlon(
             show(sum(done.values()), left, f"reading {name}: {n_read:,} of {n_images:,} images")
 
         steps = train(kit, network, settings, out, progress=reading, on_failure=tell)
-        try:
+        with suppress(FailedDomainsError):  # each was told of
             for name, step in steps:
                 done[name] = step.step
                 show(sum(done.values()), left, f"{name}, loss {step.loss:.3f}")
-        except FailedDomainsError as error:
-            failed = error.reasons
-    finished = {name: files for name, files in kit.domains.items() if name not in left_to_do}
+    finished = {name: files for name, files in kit.domains.items() if name not in not_done}
     if not finished:
         raise TrainingError(
             f"none of {', '.join(kit.domains)} is finished in {out}. The same command trains what "
@@ -121,8 +119,9 @@ def decathlon(
         )
     report = conclude(Devkit(kit.folder, finished), settings, out, labels=labels)
     _show_decathlon(report, screen)
-    if left_to_do:
-        screen.say(f"{', '.join(left_to_do)}: not finished; the same command trains what is left")
+    if not_done:
+        screen.say(f"{', '.join(not_done)}: not finished; the same command trains what is left")
+    failed = {n: str(error) for n, error in not_done.items() if not isinstance(error, BusyError)}
     screen.finish({**report.to_json(), "failed": failed})
     if failed:
         raise typer.Exit(1)

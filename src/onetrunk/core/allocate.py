@@ -357,10 +357,12 @@ def _gains(site: Site, energies: tuple[float, ...]) -> list[float]:
 
     Counted no higher for its numbers than the unit before, so that they fall.
     """
-    *_, price, last_price = [0, *_prices(site)]
-    last = _n_units(site) - 1
+    prices = _prices(site)
+    last = len(prices) - 1
     rest = sum(energies[last:])
-    return [*energies[:last], min(rest, energies[last - 1] * last_price / price) if last else rest]
+    if last:
+        rest = min(rest, energies[last - 1] * prices[-1] / prices[0])
+    return [*energies[:last], rest]
 
 
 def _share(site: Site, n_units: int, energies: tuple[float, ...] = ()) -> Share:

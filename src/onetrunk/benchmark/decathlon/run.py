@@ -111,8 +111,8 @@ class Settings:
 
     def otherwise(self, card: Card) -> str:
         """How a domain was trained in another way, as far as that is the same for all, or ''."""
-        asked, found = self._of_all(), card.provenance
-        return next((f"{k} {found.get(k)}" for k, v in asked.items() if found.get(k) != v), "")
+        different = _first_difference(card, self._of_all())
+        return "{} {}".format(*different) if different else ""
 
     def _of_all(self) -> dict[str, str]:
         return {
@@ -402,14 +402,20 @@ def _is_trained(bank: Bank, folder: Path, files: DomainFiles, settings: Settings
     name = files.official.name
     if name not in bank.domains:
         return False
-    found, asked = bank.domains[name].provenance, settings.provenance(files)
-    for key, value in asked.items():
-        if found.get(key) != value:
-            raise BankError(
-                f"{folder} has {name} trained with {key} {found.get(key)}, and {value} was asked "
-                "for. Use another folder for another run."
-            )
+    asked = settings.provenance(files)
+    if different := _first_difference(bank.domains[name], asked):
+        key, found = different
+        raise BankError(
+            f"{folder} has {name} trained with {key} {found}, and {asked[key]} was asked for. Use "
+            "another folder for another run."
+        )
     return True
+
+
+def _first_difference(card: Card, asked: Mapping[str, str]) -> tuple[str, object] | None:
+    """A key of `asked` in which a domain's provenance differs, and what it has there."""
+    found = card.provenance
+    return next(((key, found.get(key)) for key in asked if found.get(key) != asked[key]), None)
 
 
 def _result(
