@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import OnetrunkError, TrainingError
-from .console import UNTRAINED, Screen, percent
-from .options import AsJson, Device, Epochs
+from ...errors import OnetrunkError, TrainingError
+from ..console import UNTRAINED, Screen, percent
+from ..options import AsJson, Device, Epochs
 
 if TYPE_CHECKING:
-    from ..benchmark.decathlon import Report
+    from ...benchmark.decathlon import Report
 
 LABELS = "A folder with <name>_test.json, of the authors' labels_test.zip."
 
@@ -53,11 +53,11 @@ def decathlon(
     """
     import dataclasses
 
-    from ..backbones import backbone as build_backbone
-    from ..backbones.written_form import is_untrained
-    from ..bank.bank import usable_device
-    from ..bank.lock import BusyError
-    from ..benchmark.decathlon import (
+    from ...backbones import backbone as build_backbone
+    from ...backbones.written_form import is_untrained
+    from ...bank.bank import usable_device
+    from ...bank.lock import BusyError
+    from ...benchmark.decathlon import (
         DOMAINS,
         Devkit,
         FailedDomainsError,
@@ -68,9 +68,9 @@ def decathlon(
         steps_left,
         train,
     )
-    from ..benchmark.decathlon.domains import checked_names
-    from ..core.adapters import read_family
-    from ..training.recipe import read_recipe
+    from ...benchmark.decathlon.domains import checked_names
+    from ...core.adapters import read_family
+    from ...training.recipe import read_recipe
 
     screen = Screen(as_json)
     asked = read_recipe(recipe)
@@ -161,7 +161,7 @@ def decathlon_score(
 
     Example: onetrunk benchmark decathlon-score work/results.json --labels labels_test
     """
-    from ..benchmark.decathlon import score_results
+    from ...benchmark.decathlon import score_results
 
     screen = Screen(as_json)
     found = score_results(results, labels)

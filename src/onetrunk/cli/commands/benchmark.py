@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import DataError, TrainingError
-from ..files import check_writable, reason
-from .console import Screen, counted
+from ...errors import DataError, TrainingError
+from ...files import check_writable, reason
+from ..console import Screen, counted
+from ..options import AsJson
 from .decathlon import decathlon, decathlon_score
-from .options import AsJson
 
 if TYPE_CHECKING:
-    from ..benchmark.studies import Wish
+    from ...benchmark.studies import Wish
 
 benchmark = typer.Typer(
     name="benchmark",
@@ -91,7 +91,7 @@ def transfer(
     """
     import dataclasses
 
-    from ..benchmark.studies import ALL
+    from ...benchmark.studies import ALL
 
     wish = _wish(folder, out, backbones, methods, domains, seeds, full, graphed)
     numbers = per_class.replace("all", str(ALL))
@@ -146,10 +146,10 @@ def speed(
     """
     import torch
 
-    from ..benchmark.report import require_extra
-    from ..benchmark.speed import GROUPS, MEMORY, SUBJECTS
-    from ..benchmark.speed import run as run_speed
-    from ..benchmark.speed.report import write
+    from ...benchmark.report import require_extra
+    from ...benchmark.speed import GROUPS, MEMORY, SUBJECTS
+    from ...benchmark.speed import run as run_speed
+    from ...benchmark.speed.report import write
 
     require_extra()
     _check_writable(out)
@@ -177,7 +177,7 @@ def _wish(
     full: bool,
     graphed: bool,
 ) -> "Wish":
-    from ..benchmark.studies import Wish
+    from ...benchmark.studies import Wish
 
     if methods is not None and not _listed(methods, ";"):
         raise typer.BadParameter("it names no method", param_hint="--methods")
@@ -218,10 +218,10 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def _run(name: str, wish: "Wish", workers: int, report_only: bool, screen: Screen) -> None:
-    from ..benchmark.cells import backbone_of
-    from ..benchmark.report import require_extra, write_report
-    from ..benchmark.studies import STUDIES, shown
-    from ..benchmark.study import known, run
+    from ...benchmark.cells import backbone_of
+    from ...benchmark.report import require_extra, write_report
+    from ...benchmark.studies import STUDIES, shown
+    from ...benchmark.study import known, run
 
     require_extra()
     if not report_only:

@@ -1,0 +1,1 @@
+"""The commands as they are typed: argv -> values -> calls. Heavy imports happen inside them."""
