@@ -59,3 +59,9 @@ class DamagedError(BankError):
 
 class MissingExtraError(OnetrunkError):
     """An optional dependency that this request needs and that is not installed."""
+
+
+def told(error: Exception) -> str:
+    """The error in one line, with its type where it is none of ours."""
+    text = str(error).rstrip(".")
+    return text if isinstance(error, OnetrunkError) else f"{type(error).__name__}: {text}"[:300]

@@ -729,7 +729,7 @@ def test_a_stored_backbone_of_other_bytes_is_found(tmp_path):
 
 def test_verify_survives_what_no_file_should_do(bank, net, monkeypatch):
     bank.add("a", attached(net))
-    monkeypatch.setattr("onetrunk.bank.bank._network", lambda *_: 1 / 0)
+    monkeypatch.setattr("onetrunk.bank.bank.network_of", lambda *_: 1 / 0)
     assert bank.verify().problems == ("domain 'a': ZeroDivisionError: division by zero",)
 
 

@@ -9,7 +9,6 @@ Loading a domain costs a copy of the backbone's module tree (8 ms for ResNet-18)
 the domain's own bytes, however many domains there are.
 """
 
-import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -22,25 +21,36 @@ from torch import Tensor, nn
 
 from ..backbones import backbone as build_backbone
 from ..backbones import fingerprint
-from ..backbones.written_form import OWN_MODULE, build_empty, load_tensors, read_form, written_form
+from ..backbones.written_form import OWN_MODULE, written_form
 from ..core.basis import Basis
-from ..core.domain import Domain, backbone_statistics, delta, domain_of, stored
+from ..core.domain import delta, domain_of, stored
 from ..core.rebuild import standalone
-from ..core.tree import copy_tree, frozen_pairs, same_bits, storage_key
-from ..errors import BankError, DamagedError, OnetrunkError
+from ..core.tree import copy_tree
+from ..errors import BankError, DamagedError, OnetrunkError, told
 from ..files import PathLike, read_checked, reason, write_atomically
 from ..tensorfile import fingerprint_of, pack, unpack
+from .backbone import (
+    Checked,
+    place_of,
+    rebuilt,
+    refuse_no_backbone,
+    refuse_reference,
+    stamp_of,
+    usable_device,
+)
 from .basisfile import read_basis, write_basis
 from .card import WITHOUT_BASIS, Blueprint, light, read_blueprint, read_light, write_card
 from .card import Card as Card
-from .folder import MANIFEST
+from .folder import MANIFEST, plain_path
 from .manifest import Entry, Manifest
 from .names import check_name
+from .network import (
+    differences,
+    network_of,
+    non_finite,
+    refuse_altered,
+)
 from .store import Contents, Store
-
-# What timm would read files or addresses from, or build another kind of network with.
-_UNSAFE_OPTIONS = ("checkpoint_path", "cache_dir", "features_only")
-_N_LINES = 8
 
 
 @dataclass(frozen=True)
@@ -102,8 +112,8 @@ class Bank:
     def __init__(self, store: Store, backbone: nn.Module | None) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._home = None if backbone is None else _Checked.of(backbone)
-        self._copies: dict[torch.device, _Checked] = {}
+        self._home = None if backbone is None else Checked.of(backbone)
+        self._copies: dict[torch.device, Checked] = {}
         self._bases: weakref.WeakValueDictionary[tuple[str, torch.device], Basis]
         self._bases = weakref.WeakValueDictionary()  # as long as a network lies over one
 
@@ -123,10 +133,10 @@ class Bank:
                 does not bring these very weights back.
         """
         module = build_backbone(backbone) if isinstance(backbone, str) else backbone
-        _refuse_no_backbone(module)
+        refuse_no_backbone(module)
         form, found = written_form(module), fingerprint(module)
         if by_reference:
-            _refuse_reference(form, found, known=isinstance(backbone, str))
+            refuse_reference(form, found, known=isinstance(backbone, str))
         described = {"spec": form, "fingerprint": found}
         blob = (
             None
@@ -149,9 +159,9 @@ class Bank:
         """
         bank = cls(Store.open(path), None)
         if backbone is not None:
-            _refuse_no_backbone(backbone)
+            refuse_no_backbone(backbone)
             bank._check_fingerprint(fingerprint(backbone), "the backbone that was given")
-            bank._home = _Checked.of(backbone)
+            bank._home = Checked.of(backbone)
         return bank
 
     @classmethod
@@ -205,7 +215,7 @@ class Bank:
         """
         with self._lock:
             if self._home is None:
-                self._home = _Checked.of(self._build_backbone())
+                self._home = Checked.of(self._build_backbone())
             self._recheck(self._home)
             return self._home.module
 
@@ -273,8 +283,8 @@ class Bank:
         origin = self._origin(name)
         tensors, blueprint = self._read(contents.entry, contents.blob, origin)
         backbone = self._backbone_on(device)
-        basis = self._basis_of(contents, blueprint, held, _place_of(backbone), origin)
-        return _network(blueprint, tensors, backbone, origin, basis)
+        basis = self._basis_of(contents, blueprint, held, place_of(backbone), origin)
+        return network_of(blueprint, tensors, backbone, origin, basis)
 
     def verify(self) -> Verification:
         """Reads everything: every hash, every domain as a network, the backbone's fingerprint.
@@ -336,7 +346,7 @@ class Bank:
                 f"{path} lies over a basis that it does not hold. Write it with export_domain, "
                 "which takes the basis in."
             )
-        _network(blueprint, tensors, self.backbone, str(path))
+        network_of(blueprint, tensors, self.backbone, str(path))
         self._store.add(name, light(card), blob)
 
     def push(
@@ -389,13 +399,11 @@ class Bank:
         check_name(name)
         domain = domain_of(model)
         self._check_fingerprint(fingerprint(domain.backbone), f"domain {name!r}")
-        _refuse_changed(name, model, domain)
         if domain.basis is not None:
             self._check_fingerprint(domain.basis.backbone, f"the basis of domain {name!r}")
-            _refuse_changed_basis(name, model, domain, domain.basis)
-        _refuse_unstored(name, model, domain)
+        refuse_altered(name, model, domain)
         own, tensors = delta(model), stored(model)
-        if (bad := _non_finite(own)) is not None:
+        if (bad := non_finite(own)) is not None:
             raise BankError(
                 f"domain {name!r}: {bad} holds NaN or infinity, and a bank stores finite numbers "
                 "only. Train the domain again, with a smaller learning rate."
@@ -405,10 +413,10 @@ class Bank:
         whole = len(tensors) == len(own)
         card = write_card(domain, tensors, backbone, metrics, provenance, what, whole=whole)
         twin = read_blueprint(card, what).build(domain.backbone, domain.basis)
-        if differences := _differences(delta(twin), own):
+        if unlike := differences(delta(twin), own):
             raise BankError(
                 f"domain {name!r}: its network was altered after attach, and the bank could not "
-                f"build it again (- expected, + found):\n{differences}"
+                f"build it again (- expected, + found):\n{unlike}"
             )
         return (
             card,
@@ -471,21 +479,8 @@ class Bank:
         return tensors, blueprint
 
     def _build_backbone(self) -> nn.Module:
-        form, blob = self.backbone_form, self._store.read_backbone()
-        if form.startswith(OWN_MODULE):
-            raise BankError(
-                f"bank {self.path} was made with a module of your own, "
-                f"{form.removeprefix(OWN_MODULE)}: open it with "
-                "Bank.open(path, backbone=that_module)."
-            )
-        _refuse_unsafe(form, f"bank {self.path}")
-        if blob is None:
-            module = build_backbone(form)
-        else:
-            module = build_empty(form)
-            tensors, _ = unpack(blob, f"the backbone of {self.path}", trusted=True)
-            _take_dtypes(module, tensors)
-            load_tensors(module, tensors, f"the backbone of {self.path}")
+        form = self.backbone_form
+        module = rebuilt(form, self._store.read_backbone(), self.path)
         self._check_fingerprint(fingerprint(module), f"{form} as it is found now")
         return module
 
@@ -498,13 +493,13 @@ class Bank:
             return home
         with self._lock:
             if place not in self._copies:
-                self._copies[place] = _Checked.of(copy_tree(home).to(place))
+                self._copies[place] = Checked.of(copy_tree(home).to(place))
             self._recheck(self._copies[place])
             return self._copies[place].module
 
-    def _recheck(self, checked: "_Checked") -> None:
+    def _recheck(self, checked: Checked) -> None:
         """Takes the fingerprint again where a tensor was written to since it was last taken."""
-        stamp = _stamp(checked.module)
+        stamp = stamp_of(checked.module)
         if stamp != checked.stamp:
             self._check_fingerprint(
                 fingerprint(checked.module), "this bank's backbone as it is now"
@@ -544,7 +539,7 @@ class Bank:
                     self._check_fingerprint(found, "this bank's backbone as it is in memory")
             return home
         except Exception as error:  # a report leaves nothing out
-            problems.append(f"backbone: {_told(error)}")
+            problems.append(f"backbone: {told(error)}")
             return None
 
     def _verify_domain(self, name: str, backbone: nn.Module | None) -> list[str]:
@@ -554,220 +549,17 @@ class Bank:
             origin = self._origin(name)
             unpack(contents.blob, origin)
             tensors, blueprint = self._read(contents.entry, contents.blob, origin)
-            place = torch.device("cpu") if backbone is None else _place_of(backbone)
+            place = torch.device("cpu") if backbone is None else place_of(backbone)
             basis = self._basis_of(contents, blueprint, {}, place, origin, trusted=False)
             if backbone is not None:
-                _network(blueprint, tensors, backbone, origin, basis)
+                network_of(blueprint, tensors, backbone, origin, basis)
         except KeyError:
             return []  # removed since
         except Exception as error:  # a report leaves nothing out
-            return [f"domain {name!r}: {_told(error)}"]
+            return [f"domain {name!r}: {told(error)}"]
         return []
-
-
-@dataclass
-class _Checked:
-    """A backbone whose fingerprint was right when its tensors had this stamp."""
-
-    module: nn.Module
-    stamp: tuple[object, ...]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "_Checked":
-        return cls(module, _stamp(module))
-
-
-def _stamp(module: nn.Module) -> tuple[object, ...]:
-    """Changes when a stored tensor of `module` is written to or replaced; looks at no bytes.
-
-    Not where it is written to through `.data`, which PyTorch's versions leave out.
-    """
-    return tuple(
-        (name, storage_key(t), t.dtype, 0 if t.is_inference() else t._version)
-        for name, t in module.state_dict(keep_vars=True).items()
-    )
-
-
-def _network(
-    blueprint: Blueprint,
-    tensors: Mapping[str, Tensor],
-    backbone: nn.Module,
-    origin: str,
-    basis: Basis | None = None,
-) -> nn.Module:
-    """The domain's network, in eval mode, filled with its own numbers."""
-    try:
-        blueprint.refuse_unborne(tensors, backbone)
-        model = blueprint.build(backbone, basis)
-    except Exception as error:  # whatever a hostile card brings about
-        raise DamagedError(
-            f"{origin}: no network can be built from its card ({_told(error)}). "
-            "Get it again from where it came from."
-        ) from error
-    own = delta(model)
-    known = {} if blueprint.whole else backbone_statistics(model)
-    whole = {**known, **tensors}  # the backbone's may lie on a GPU, the file's never do
-    if differences := _differences(own, whole):
-        raise DamagedError(
-            f"{origin}: its numbers do not fit what its card describes (- expected, + found):\n"
-            f"{differences}"
-        )
-    if (bad := _non_finite(tensors)) is not None:
-        raise DamagedError(
-            f"{origin}: {bad} holds NaN or infinity, which no bank stores. Train the domain again."
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(whole[name])
-    return model.eval()
-
-
-def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """What differs in names, shapes and types, a `-` or `+` line each; empty where nothing does."""
-    own = {name: (tuple(t.shape), t.dtype) for name, t in expected.items()}
-    given = {name: (tuple(t.shape), t.dtype) for name, t in found.items()}
-    if own == given:
-        return ""
-    lines = [
-        f"- {n} {shape} {dtype}" for n, (shape, dtype) in own.items() if given.get(n) != own[n]
-    ]
-    lines += [
-        f"+ {n} {shape} {dtype}" for n, (shape, dtype) in given.items() if own.get(n) != given[n]
-    ]
-    more = [f"  and {len(lines) - _N_LINES} more"] if len(lines) > _N_LINES else []
-    return "\n".join(lines[:_N_LINES] + more)
-
-
-def _non_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
-    together = torch.cat([t.flatten() for t in floats.values()]) if floats else torch.empty(0)
-    if torch.isfinite(together).all():  # one look, as a load is made of hundreds of small tensors
-        return None
-    return next(name for name, t in floats.items() if not torch.isfinite(t).all())
-
-
-def _refuse_changed(name: str, model: nn.Module, domain: Domain) -> None:
-    """Refuses a network whose frozen tensors are not, bit for bit, its backbone's."""
-    try:
-        pairs = list(frozen_pairs(model, domain.backbone, domain.frozen))
-    except KeyError as error:
-        raise BankError(
-            f"domain {name!r}: its network has no {error.args[0]}, so it was wrapped or rebuilt "
-            "after attach. Give the network that attach returned."
-        ) from None
-    for own, theirs, tensor_name in pairs:
-        if not same_bits(own, theirs):
-            types = "" if own.dtype == theirs.dtype else f" ({own.dtype}, not {theirs.dtype})"
-            raise BankError(
-                f"domain {name!r}: its shared weight {tensor_name} is no longer the backbone's"
-                f"{types}, and a bank stores only what is the domain's own. Train with fit, or "
-                "attach Full() to train everything."
-            )
-
-
-def _refuse_unstored(name: str, model: nn.Module, domain: Domain) -> None:
-    """Refuses a network with own numbers in buffers that no file would hold."""
-    theirs, known = dict(domain.backbone.named_buffers()), model.state_dict()
-    for key, buffer in model.named_buffers():
-        own = key not in known and key in theirs and buffer.is_floating_point()
-        if own and not same_bits(buffer, theirs[key].to(buffer.dtype)):
-            raise BankError(
-                f"domain {name!r}: its buffer {key} is not the backbone's any more, and it is not "
-                "persistent, so no file would hold it. Register it with persistent=True in the "
-                "backbone, which then is another one."
-            )
-
-
-def _refuse_changed_basis(name: str, model: nn.Module, domain: Domain, basis: Basis) -> None:
-    """Refuses a network whose basis is not, bit for bit, the value that it was attached to."""
-    state = model.state_dict()
-    held = {
-        f"{site}.adapter.{key}": tensor
-        for site, factors in basis.factors.items()
-        for key, tensor in factors.items()
-    }
-    moved = [key for key in sorted(domain.shared) if not same_bits(state[key], held[key])]
-    if moved or basis.taken_now() != basis.fingerprint:
-        raise BankError(
-            f"domain {name!r}: its basis has been trained or written to since it was made"
-            f"{f' ({moved[0]})' if moved else ''}, and other domains lie over it. Add what "
-            "with_frozen_basis(models) gives."
-        )
-
-
-def _place_of(backbone: nn.Module) -> torch.device:
-    tensors = itertools.chain(backbone.parameters(), backbone.buffers())
-    return next((t.device for t in tensors), torch.device("cpu"))
-
-
-def _take_dtypes(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Gives `module`'s parameters and buffers the types of the stored ones."""
-    for name, own in module.state_dict(keep_vars=True).items():
-        if name in tensors and own.dtype != tensors[name].dtype:
-            own.data = own.data.to(tensors[name].dtype)
 
 
 def is_bank(path: PathLike) -> bool:
     """Whether a bank was made at `path`: what a creation leaves that was killed is none."""
     return (Path(path) / MANIFEST).exists()
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device by that name. Raises BankError where this machine or build of torch has none."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise BankError(
-            f"device={str(device)!r} cannot be used: {_told(error)}. Use 'cpu', or a device that "
-            "this machine and this build of torch have."
-        ) from error
-
-
-def _refuse_no_backbone(module: object) -> None:
-    if not isinstance(module, nn.Module):
-        raise BankError(
-            f"backbone is of type {type(module).__name__}: give the module itself, or for a new "
-            "bank its written form, e.g. 'timm:resnet18.a1_in1k'."
-        )
-    if isinstance(getattr(module, "domain", None), Domain):
-        raise BankError(
-            "this is a domain's network and no backbone. Give model.domain.backbone, and add the "
-            "domain to the bank."
-        )
-
-
-def _refuse_reference(form: str, found: str, *, known: bool) -> None:
-    if form.startswith(OWN_MODULE):
-        raise BankError(
-            f"{form} cannot be kept by reference: it has no name that brings its weights back. "
-            "Leave by_reference out, so that the bank holds them."
-        )
-    if not known and fingerprint(build_backbone(form)) != found:
-        raise BankError(
-            f"{form} brings other weights than this backbone has, so that it cannot be kept by "
-            "reference. Leave by_reference out, so that the bank holds them."
-        )
-
-
-def _refuse_unsafe(form: str, where: str) -> None:
-    """Refuses a form from a file whose options name files or addresses: none is ever followed."""
-    for key, value in read_form(form).options.items():
-        if key in _UNSAFE_OPTIONS or key.startswith("pretrained") or isinstance(value, dict):
-            raise DamagedError(
-                f"{where}: its backbone is written {form[:200]!r}, and the option {key!r} may name "
-                "a file or an address, which is never followed. Get the bank from somebody you "
-                "trust."
-            )
-
-
-def _told(error: Exception) -> str:
-    """The error in one line, with its type where it is none of ours."""
-    text = str(error).rstrip(".")
-    return text if isinstance(error, OnetrunkError) else f"{type(error).__name__}: {text}"[:300]
-
-
-def plain_path(path: PathLike) -> Path:
-    """`path`; BankError where no file system could hold it."""
-    if "\0" in str(path):
-        raise BankError(f"the path {str(path)!r} has a NUL in it. Use another path.")
-    return Path(path)

@@ -18,6 +18,7 @@ from onetrunk.errors import BankError, DamagedError
 from onetrunk.files import (
     Disk,
     Facts,
+    PathLike,
     is_temporary,
     place,
     read_checked,
@@ -314,3 +315,10 @@ def _is_there(path: Path, disk: Disk) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def plain_path(path: PathLike) -> Path:
+    """`path`; BankError where no file system could hold it."""
+    if "\0" in str(path):
+        raise BankError(f"the path {str(path)!r} has a NUL in it. Use another path.")
+    return Path(path)

@@ -19,8 +19,8 @@ from torch import nn
 
 from ..errors import BankError, DamagedError, OnetrunkError
 from ..files import DISK, PathLike, read_checked, reason, write_atomically
-from .bank import Bank, Domains, plain_path
-from .folder import BLOBS, MANIFEST, MissingBlobError
+from .bank import Bank, Domains
+from .folder import BLOBS, MANIFEST, MissingBlobError, plain_path
 from .manifest import MAX_BYTES, Manifest, decode, encode
 from .store import Store
 

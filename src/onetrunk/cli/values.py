@@ -36,7 +36,7 @@ def open_for(path: Path, domain: str, replace: bool) -> "Bank":
 
 def device_of(asked: str | None) -> str:
     """The device by that name; the best there is where none was named."""
-    from ..bank.bank import usable_device
+    from ..bank.backbone import usable_device
     from ..training.fit import best_device
 
     return best_device() if asked is None else str(usable_device(asked))

@@ -55,7 +55,7 @@ def decathlon(
 
     from ...backbones import backbone as build_backbone
     from ...backbones.written_form import is_untrained
-    from ...bank.bank import usable_device
+    from ...bank.backbone import usable_device
     from ...bank.lock import BusyError
     from ...benchmark.decathlon import (
         DOMAINS,
