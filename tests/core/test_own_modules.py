@@ -216,7 +216,7 @@ def test_scores_stay_minus_infinity_behind_an_activation_after_the_classifier() 
 
 
 def test_domains_with_classifiers_at_other_places_are_refused() -> None:
-    net = started(nn.Sequential(Tail(nn.Conv2d(3, 8, 3)), nn.Linear(5, 5)))
+    net = started(nn.Sequential(Tail(nn.Conv2d(3, 8, 3)), nn.Identity()))
     one, two = domain(net), domain(net, head="0.3")
     with pytest.raises(MixError, match=r"'two' has its classifier at 0.3, the others at 1: attach"):
         ot.mix({"one": one, "two": two})

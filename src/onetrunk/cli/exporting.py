@@ -71,8 +71,8 @@ def _images(source: str, model: nn.Module) -> Tensor:
     splits, seen = load(source), domain_of(model).preprocessing
     if seen is None:
         raise ExportError(
-            "this domain prepares no images: its backbone takes neither 1 nor 3 channels. "
-            "Leave --data out."
+            "this domain prepares no images: its backbone takes neither 1 nor 3 channels, or none "
+            "that are square. Leave --data out."
         )
     part = splits.test or splits.val or splits.train
     return Prepared(part, seen).few_views(N_CHECKED)

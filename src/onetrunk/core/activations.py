@@ -59,7 +59,7 @@ def _activations(
     name: str, model: nn.Module, images: Tensor | Iterable[Tensor]
 ) -> dict[str, Activations]:
     domain_of(model)
-    network = copy_tree(model).eval()
+    network = copy_tree(model, own=model.buffers()).eval()
     sums: dict[str, _Sums] = {}
     for site, module in network.named_modules():
         if isinstance(module, Adapted) and getattr(module.adapter, "site", None) is not None:

@@ -1,17 +1,15 @@
 """A layer with its adapter beside it: what `attach` puts in the place of every adapted layer."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
 from .fused import FOLDING_DEVICES, folded_product, folds, is_matrix, product
 from .sites import Site, Tap
-from .tree import passed_on
+from .tree import Wrapper
 
 
-class Adapted(nn.Module):
+class Adapted(Wrapper):
     """A frozen layer and the adapter that corrects its output."""
 
     layer: nn.Conv2d | nn.Linear
@@ -54,9 +52,6 @@ class Adapted(nn.Module):
             )
         )  # fmt: skip
         return not self.layer.weight.requires_grad and not any(hooks)
-
-    def __getattr__(self, name: str) -> Any:
-        return passed_on(self, "layer", super().__getattr__, name)
 
 
 def _laid_out_as(y: Tensor, corrected: Tensor) -> Tensor:

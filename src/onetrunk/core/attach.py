@@ -22,7 +22,7 @@ from .classifier import replace_head
 from .domain import Domain, Scope, mark
 from .plan import Plan, Where, default_family, place
 from .sites import Site, site_of
-from .trace import Size, Trace, trace
+from .trace import Size, Trace, gone_through, trace
 from .tree import (
     Frozen,
     copy_tree,
@@ -77,7 +77,7 @@ def attach(
 
     Raises:
         AttachError: for classes, options or placements that do not fit, and a basis that was made
-            over another backbone.
+            over another backbone; where the forward does not go through what is attached.
         BackboneError: where the backbone does not run or has no classifier to replace.
 
     >>> from torch import nn
@@ -88,7 +88,7 @@ def attach(
     'parallel'
     """
     names = _checked_classes(classes)
-    _refuse_other_kinds(backbone, family, input_size)
+    _refuse_other_kinds(backbone, family, input_size, head)
     if isinstance(getattr(backbone, "domain", None), Domain):
         raise AttachError(
             "this is a domain's network already; attach to its backbone: model.domain.backbone."
@@ -101,10 +101,10 @@ def attach(
     if basis is not None:
         _refuse_foreign_basis(backbone, basis, family, where)
         family = basis.plan if family is None else family
-    traced = trace(backbone, input_size, head)
+    traced = trace(backbone, None if input_size is None else (*input_size,), head)
     scope, text, plan, skipped = _resolve(family, where, traced)
     held = _held_norms(backbone, norms, text, plan, traced)
-    return build(
+    model = build(
         backbone,
         scope=scope,
         family=text,
@@ -119,9 +119,35 @@ def attach(
         basis=basis,
         held=held,
     )
+    _refuse_passed_by(model, traced, len(names))
+    return model
 
 
-def _refuse_other_kinds(backbone: object, family: object, input_size: object) -> None:
+def _refuse_passed_by(model: nn.Module, traced: Trace, n_classes: int) -> None:
+    """Refuses a network whose forward does not go through its adapters and its classifier."""
+    names = {name for name, module in model.named_modules() if isinstance(module, Adapted)}
+    y, called = gone_through(model, names, traced.input_size)
+    if passed_by := sorted(names - called):
+        raise AttachError(
+            f"the backbone's forward calls layer {passed_by[0]!r} past its adapter, so it holds it "
+            "outside of the module tree too, in a list or dict: make that an nn.ModuleList or "
+            "nn.ModuleDict, or leave the layer out, where=Where(pattern=...)."
+        )
+    if not isinstance(y, Tensor):
+        raise AttachError(
+            f"the backbone gives a {type(y).__name__}, and a domain's network gives the scores of "
+            "its classes, (b, c): wrap it in a module that returns them alone."
+        )
+    if y.numel() != n_classes:
+        raise AttachError(
+            f"with a classifier of {n_classes} classes at {', '.join(traced.head)!r} the network "
+            f"gives a tensor of shape {tuple(y.shape)} for one image: its scores come from another "
+            "module, or the forward calls this one past its place in the module tree. Name the "
+            "right one, head='fc'."
+        )
+
+
+def _refuse_other_kinds(backbone: object, family: object, input_size: object, head: object) -> None:
     if not isinstance(backbone, nn.Module):
         raise AttachError(
             f"attach was given {backbone!r}, and a backbone is a module: onetrunk.backbone(NAME) "
@@ -133,10 +159,18 @@ def _refuse_other_kinds(backbone: object, family: object, input_size: object) ->
             f"a plan has families, and this one the text {text!r}: read each with read_family, or "
             "the whole plan with onetrunk.core.allocate.plan_by_hand(backbone, plan)."
         )
-    if isinstance(input_size, int):
+    sizes = isinstance(input_size, Sequence) and [type(n) for n in input_size] == [int] * 3
+    if input_size is not None and not sizes:
+        side = input_size if isinstance(input_size, int) else 64
         raise AttachError(
-            f"input_size={input_size}: give channels, rows and columns, (3, {input_size}, "
-            f"{input_size})."
+            f"input_size={input_size}: give channels, rows and columns, (3, {side}, {side})."
+        )
+    if head is not None and not isinstance(head, str):
+        raise AttachError(f"head={head!r}: give the module's path as a text, head='fc'.")
+    if any(tensor.is_meta for tensor in _all_tensors(backbone)):
+        raise AttachError(
+            f"{type(backbone).__name__} has weights on the meta device, which holds no numbers: "
+            "load them before attaching."
         )
 
 
@@ -179,11 +213,12 @@ def _refuse_foreign_basis(
 
 
 def _default_preprocessing(backbone: nn.Module, size: Size) -> Preprocessing | None:
-    """The backbone's own, or None where it takes neither 1 nor 3 channels."""
-    if size[0] not in (1, 3):  # a network without convolutions does not say so itself
+    """The backbone's own; None where it takes neither 1 nor 3 channels, or no square images."""
+    n_channels, rows, columns = size
+    if n_channels not in (1, 3) or rows != columns:  # a network may not say so itself
         return None
     try:
-        return Preprocessing.for_backbone(backbone, size_px=size[1] if size[1] == size[2] else None)
+        return Preprocessing.for_backbone(backbone, size_px=rows)
     except DataError:
         return None
 

@@ -30,8 +30,8 @@ class Domain:
         skipped: layer -> why it has no adapter although it was asked for or holds weights.
         head: the classifier's module paths, as given to or found by `attach`.
         head_features: features that go into the head; 0 where timm builds the head.
-        preprocessing: from an image to the network's input; None where the backbone takes
-            neither 1 nor 3 channels, so that images cannot be prepared for it.
+        preprocessing: from an image to the network's input; None where the backbone takes neither
+            1 nor 3 channels, or images that are not square: they cannot be prepared for it.
         frozen: names in `state_dict()` that are the backbone's own tensors.
         backbone: the backbone itself; the record never copies it.
         input_size: channels, rows, columns that the backbone is known to run at; None where only

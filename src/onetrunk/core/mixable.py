@@ -6,20 +6,17 @@ from torch import nn
 
 from ..errors import MixError
 from ..tensorfile import fingerprint_of
-from .adapted import Adapted
 from .adapters import Full
 from .domain import Domain, delta, domain_of, own_size, unmark
 from .trace import rows_astray, rows_per_image
-from .tree import Frozen, copy_tree, original_names, replace_modules, same_bits
+from .tree import copy_tree, original_names, same_bits, unwrap
 
 
 def base_tree(model: nn.Module) -> nn.Module:
     """An ordinary tree over a domain's tensors, no adapters: where the others' numbers go in."""
     base = copy_tree(model).eval()
     unmark(base)
-    for kind in (Adapted, Frozen):
-        wrapped = {n: m.layer for n, m in base.named_modules() if isinstance(m, kind)}
-        replace_modules(base, wrapped)
+    unwrap(base)
     return base
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import MixError
 from .adapters.base import Correction
 from .sites import Site, Tap
-from .tree import passed_on
+from .tree import Wrapper
 
 
 class Rows:
@@ -80,7 +80,7 @@ def table(tensors: Sequence[Tensor]) -> nn.Parameter:
     return nn.Parameter(torch.stack([t.detach() for t in tensors]), requires_grad=False)
 
 
-class RowwiseSite(Rowwise):
+class RowwiseSite(Rowwise, Wrapper):
     """A shared layer, and the correction of each row's own domain.
 
     Corrections of one form (the number of factors, their shapes but for the rank, what they are
@@ -137,9 +137,6 @@ class RowwiseSite(Rowwise):
     def _n_domains(self) -> int:
         tables = [t for t in (self.gain_do, self.shift_do) if t is not None]
         return len(tables[0]) if tables else len(self._products[0].slot_d)
-
-    def __getattr__(self, name: str) -> Any:
-        return passed_on(self, "layer", super().__getattr__, name)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
@@ -236,23 +233,30 @@ class _Product(nn.Module):
 
 
 def _added_behind(z: Tensor, y: Tensor, matrices: list[Tensor]) -> Tensor:
-    """Adds z F_n^T ... F_1^T to y, in place; z is (b, ..., i) and y (b, ..., o)."""
+    """Adds z F_n^T ... F_1^T to y; z is (b, ..., i) and y (b, ..., o)."""
     z_bni, y_bno = z.reshape(z.shape[0], -1, z.shape[-1]), y.reshape(y.shape[0], -1, y.shape[-1])
     *rest, last = (m[:, 0].transpose(1, 2) for m in reversed(matrices))
     for matrix in rest:
         z_bni = torch.bmm(z_bni, matrix)
-    return y_bno.baddbmm_(z_bni, last).view(y.shape)
+    return _added(y_bno, z_bni, last).view(y.shape)
 
 
 def _added_before(z: Tensor, y: Tensor, matrices: list[Tensor]) -> Tensor:
-    """Adds F_1 ... F_n z to y, group by group, in place; z is (b, i, h, w) and y (b, o, h, w)."""
+    """Adds F_1 ... F_n z to y, group by group; z is (b, i, h, w) and y (b, o, h, w)."""
     b, g = matrices[0].shape[:2]
     z_bgin = z.reshape(b * g, z.shape[1] // g, -1)
     y_bgon = y.reshape(b * g, y.shape[1] // g, -1)
     first, *rest = (m.flatten(0, 1) for m in matrices)
     for matrix in reversed(rest):
         z_bgin = torch.bmm(matrix, z_bgin)
-    return y_bgon.baddbmm_(first, z_bgin).view(y.shape)
+    return _added(y_bgon, first, z_bgin).view(y.shape)
+
+
+def _added(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """y + left right, in y where autocast leaves types alone: it casts nothing in place."""
+    if torch.is_autocast_enabled(y.device.type):
+        return torch.baddbmm(y, left, right)
+    return y.baddbmm_(left, right)
 
 
 def _filled(factor_gpq: Tensor, n: int, most: list[int]) -> Tensor:

@@ -35,7 +35,7 @@ from .domain import domain_of, own_size
 from .plan import Where
 from .sites import Site, Tap
 from .trace import trace
-from .tree import copy_tree, passed_on, replace_modules
+from .tree import Wrapper, copy_tree, replace_modules
 
 DAMPING = 0.1  # of a covariance's mean variance, added to every direction before it is inverted
 
@@ -109,7 +109,7 @@ def measure(
     head = domain.head[0] if len(domain.head) == 1 else None
     traced = trace(domain.backbone, own_size(domain), head)
     sites = (where or Where(layers="all")).choose(traced.sites)
-    watched = copy_tree(model).eval()
+    watched = copy_tree(model, own=model.buffers()).eval()
     meters = {site.name: _Meter(site) for site in sites}
     replace_modules(watched, {s.name: _watching(watched, s, meters[s.name]) for s in sites})
     reference = next(watched.parameters())
@@ -224,7 +224,7 @@ class _Watch(torch.autograd.Function):
         return None, None, grads[0], None
 
 
-class _Watched(nn.Module):
+class _Watched(Wrapper):
     """A layer, adapted or not, whose inputs and output gradients are noted."""
 
     def __init__(self, layer: nn.Module, tap: Tap | None, meter: _Meter, zero: Tensor) -> None:
@@ -237,9 +237,6 @@ class _Watched(nn.Module):
         x = x if self.tap is None else self.tap.pick(x, y.shape[-2:])
         watched: Tensor = _Watch.apply(self.zero, x, y, self.meter)
         return watched
-
-    def __getattr__(self, name: str) -> Any:
-        return passed_on(self, "layer", super().__getattr__, name)
 
 
 def _watching(model: nn.Module, site: Site, meter: _Meter) -> _Watched:

@@ -128,9 +128,12 @@ def _refuse_no_copy(backbone: nn.Module) -> None:
 
 
 def on_device(backbone: nn.Module, device: str) -> nn.Module:
-    """A copy of `backbone` in eval mode: shapes only on `meta`, its own tensors on `cpu`."""
+    """A copy of `backbone` in eval mode: shapes only on `meta`, elsewhere its own parameters.
+
+    Buffers are really copied, as a forward may write to them.
+    """
     if device != "meta":
-        return copy_tree(backbone).to(device).eval()
+        return copy_tree(backbone, own=backbone.buffers()).to(device).eval()
     memo: dict[int, object] = {}
     for parameter in backbone.parameters():
         empty = torch.empty_like(parameter, device="meta")
@@ -223,9 +226,10 @@ def timm_classifier(backbone: nn.Module) -> tuple[str, ...]:
 def _features(
     by_name: Mapping[str, list[_Call]], heads: tuple[str, ...], y_shape: torch.Size
 ) -> int:
-    if not heads or heads[0] not in by_name:
+    inside = (calls[0] for name, calls in by_name.items() if _within(name, heads[:1]))
+    call = next(inside, None)
+    if call is None:
         return y_shape[-1] if len(y_shape) == 2 else 0
-    call = by_name[heads[0]][0]
     return call.x_shape[1] if len(call.x_shape) in (2, 4) else call.x_shape[-1]
 
 
@@ -489,6 +493,31 @@ def _n_rows(
     return found
 
 
+def gone_through(network: nn.Module, layers: set[str], size: Size) -> tuple[Any, set[str]]:
+    """What the network gives for one image, and those of `layers` that it calls.
+
+    Raises:
+        BackboneError: where the network does not run.
+    """
+    called = set[str]()
+
+    def observe(device: str) -> Any:
+        image = example(network, size, device)
+        return _watch(network, layers, device, image, lambda name, _x: called.add(name))
+
+    try:
+        with contextlib.suppress(Exception):  # whatever does not run on meta
+            return observe("meta"), called
+        return observe(_own_device(network)), called
+    except Exception as error:  # whatever a user's forward raises is only reported
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BackboneError(
+            f"{type(network).__name__} does not run with the domain's classifier and adapters in "
+            f"it ({problem}). Name the classifier's own layer, head='fc'; where an adapted layer "
+            "is the cause, leave it out: where=Where(pattern=...)."
+        ) from error
+
+
 @torch.no_grad()
 def _watch(
     network: nn.Module,
@@ -496,7 +525,7 @@ def _watch(
     device: str,
     images_bchw: Tensor,
     look: Callable[[str, Tensor], None],
-) -> None:
+) -> Any:
     """Runs a copy; `look` gets the name of each of `layers` with what goes in at every call."""
     copied = on_device(network, device)
 
@@ -506,4 +535,5 @@ def _watch(
     for name, module in copied.named_modules():
         if name in layers:
             module.register_forward_pre_hook(note(name))
-    copied(images_bchw)
+    with _NormsLeftOut() if device == "meta" else contextlib.nullcontext():
+        return copied(images_bchw)

@@ -6,8 +6,9 @@ never reach the backbone or another domain, while memory holds the backbone once
 """
 
 import copy
+import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -116,6 +117,7 @@ _NORMS = (
     nn.GroupNorm,
 )
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+_STANDARDISES = re.compile(r"Normali[sz]e(r|d|$|[^a-z])")  # Normalize, InputNormalizer
 
 
 def is_counter(buffer: Tensor) -> bool:
@@ -128,13 +130,14 @@ def is_norm(module: nn.Module) -> bool:
 
     By class for torch's own; by name (BatchNormAct2d, LayerNorm2d, FrozenBatchNorm2d, EvoNorm,
     FilterResponseNorm, GlobalResponseNorm, RMSNorm ...) for the rest, but for convolutions and
-    linear layers that normalise their weights.
+    linear layers that normalise their weights, and for a `Normalize` of the input.
     """
     if isinstance(module, _NORMS):
         return True
     if isinstance(module, _LAYERS) or hasattr(module, "in_features"):
         return False
-    return "Norm" in type(module).__name__ and next(own_tensors(module), None) is not None
+    named = "Norm" in (name := type(module).__name__) and not _STANDARDISES.search(name)
+    return named and next(own_tensors(module), None) is not None
 
 
 def draws(module: nn.Module) -> bool:
@@ -146,33 +149,40 @@ def draws(module: nn.Module) -> bool:
     return any(isinstance(share, (int, float)) and share > 0 for share in shares)
 
 
-class Frozen(nn.Module):
+class Wrapper(nn.Module):
+    """A module in the place of a layer that it holds, which others ask it for its facts."""
+
+    layer: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer" or "layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self._modules["layer"], name)
+
+
+def unwrap(root: nn.Module) -> None:
+    """Puts the layers of `root` back in the places of their wrappers."""
+    wrappers = [(name, m) for name, m in root.named_modules() if isinstance(m, Wrapper)]
+    replace_modules(root, {name: wrapper.layer for name, wrapper in wrappers})
+
+
+class Frozen(Wrapper):
     """A layer kept as it was: in eval mode always, so that `.train()` moves no statistics."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "Frozen":
         super().train(mode)
         self.layer.eval()
         return self
-
-    def __getattr__(self, name: str) -> Any:
-        return passed_on(self, "layer", super().__getattr__, name)
-
-
-def passed_on(wrapper: nn.Module, inner: str, own: Callable[[str], Any], name: str) -> Any:
-    """An attribute of `wrapper`, else of the layer it wraps, which others ask for its facts."""
-    try:
-        return own(name)
-    except AttributeError:
-        if name == inner or inner not in wrapper.__dict__.get("_modules", {}):
-            raise
-        return getattr(wrapper._modules[inner], name)
 
 
 def storage_key(tensor: Tensor) -> tuple[torch.device, int]:
@@ -209,7 +219,7 @@ def original_names(model: nn.Module) -> dict[str, str]:
     wrapped = {
         name
         for name, module in model.named_modules(remove_duplicate=False)
-        if type(module).__name__ in WRAPPERS
+        if isinstance(module, Wrapper)
     }
     found = ((name, _unwrapped(name, wrapped)) for name in model.state_dict())
     return {name: original for name, original in found if original is not None}
@@ -222,6 +232,3 @@ def _unwrapped(name: str, wrapped: set[str]) -> str | None:
         if ".".join(parts[:k]) in wrapped:
             return ".".join(parts[:k] + parts[k + 1 :]) if part == "layer" else None
     return name
-
-
-WRAPPERS = ("Adapted", "Frozen")

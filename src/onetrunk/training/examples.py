@@ -179,13 +179,13 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     """The domain's preprocessing.
 
     Raises:
-        DataError: where the backbone takes images of another number of channels than 1 or 3.
+        DataError: where the backbone takes images of neither 1 nor 3 channels, or no square ones.
     """
     preprocessing = domain_of(model).preprocessing
     if preprocessing is None:
         raise DataError(
-            "this backbone takes images of neither 1 nor 3 channels, so pictures cannot be "
-            "prepared for it: give a dataset of float tensors (c, h, w)."
+            "this backbone takes images of neither 1 nor 3 channels, or none that are square, so "
+            "pictures cannot be prepared for it: give a dataset of float tensors (c, h, w)."
         )
     return preprocessing
 
