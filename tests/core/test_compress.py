@@ -581,3 +581,12 @@ def test_domains_of_another_type_than_their_backbone_are_refused() -> None:
     }
     with pytest.raises(CompressError, match=r"is torch.float64, and torch.float32 in a network ov"):
         compress(models, rank_fraction=0.5)
+
+
+def test_an_adapter_that_is_not_finite_is_refused() -> None:
+    net = ot.backbone("resnet26(width=0.125)", pretrained=False)
+    models = {n: ot.attach(net, ot.Parallel(), ["no", "yes"], input_size=(3, 16, 16)) for n in "ab"}
+    with torch.no_grad():
+        next(m for m in models["b"].modules() if hasattr(m, "a_oi")).a_oi[0, 0] = torch.nan
+    with pytest.raises(CompressError, match=r"domain 'b' has an adapter at \S+ that holds NaN"):
+        ot.compress(models, 0.5)

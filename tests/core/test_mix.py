@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import onetrunk as ot
+from onetrunk.core.adapted import Adapted
 from onetrunk.core.attach import attach
 from onetrunk.core.domain import delta, domain_of
 from onetrunk.core.tree import storage_key
@@ -357,3 +358,38 @@ def test_the_domains_stay_as_they_were(models: dict[str, nn.Module]) -> None:
 def test_a_list_of_networks_is_told_to_have_names():
     with pytest.raises(MixError, match=r"mix was given a list: give names too, mix\(\{'flowers'"):
         ot.mix([])
+
+
+@pytest.mark.parametrize(
+    "family", [ot.Parallel(), ot.LowRank(2), ot.Series(), ot.Channelwise()], ids=str
+)
+def test_a_mixture_runs_under_autocast(family) -> None:
+    net = ot.backbone("resnet26(width=0.125)", pretrained=False).eval()
+    models = {n: ot.attach(net, family, ["no", "yes"], input_size=(3, 16, 16)) for n in "ab"}
+    mixed, x = ot.mix(models), torch.rand(2, 3, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores = mixed(x, ["b", "a"])
+        own = [models[n].eval()(x[k : k + 1])[0] for k, n in enumerate("ba")]
+    for found, expected in zip(scores, own, strict=True):
+        assert torch.allclose(found.float(), expected.float(), atol=2e-2)
+
+
+def test_a_mixture_that_moved_holds_its_backbone_once() -> None:
+    net = ot.backbone("resnet26(width=0.125)", pretrained=False)
+    models = {n: ot.attach(net, classes=["no", "yes"], input_size=(3, 16, 16)) for n in "abc"}
+    mixed = ot.mix({n: models[n] for n in "ab"}).double().without("a")
+    (base,) = mixed._base
+    held = {p.data_ptr() for p in mixed.network.parameters()}
+    outside = [p for p in base.parameters() if p.data_ptr() not in held]
+    assert all(p.ndim < 4 for p in outside)  # norms and head: placeholders of a later domain's
+    assert not any(isinstance(m, Adapted) for m in base.modules())
+    x = torch.rand(1, 3, 16, 16, dtype=torch.float64)
+    grown = mixed.with_domain("c", models["c"].double())
+    assert torch.allclose(grown(x, ["c"])[0], models["c"].eval()(x)[0])
+
+
+def test_a_mixture_is_not_saved(tmp_path) -> None:
+    net = ot.backbone("resnet26(width=0.125)", pretrained=False)
+    mixed = ot.mix({"a": ot.attach(net, classes=["no", "yes"], input_size=(3, 16, 16))})
+    with pytest.raises(MixError, match="a mixture is not saved: keep its domains in a bank"):
+        torch.save(mixed, tmp_path / "mixed.pt")

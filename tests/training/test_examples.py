@@ -346,3 +346,9 @@ def test_a_users_dataset_is_read_in_the_callers_thread(
     data = Where()
     list(ot.fit(model, data, ot.Recipe(epochs=1, batch_size=4), device="cpu"))
     assert data.threads == {threading.current_thread().name}
+
+
+def test_tensors_of_several_sizes_are_told_to_be_of_one(model: nn.Module) -> None:
+    data = [(torch.rand(3, 16, 16), 0), (torch.rand(3, 16, 18), 1)] * 2
+    with pytest.raises(TrainingError, match=r"several sizes \(\(3, 16, 16\) and \(3, 16, 18\)\)"):
+        ot.evaluate(model, data)

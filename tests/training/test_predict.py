@@ -13,7 +13,7 @@ from torch import nn
 
 import onetrunk as ot
 from onetrunk.data import Images, Preprocessing
-from onetrunk.errors import DataError
+from onetrunk.errors import DataError, TrainingError
 from onetrunk.training.predict import Prediction
 
 Make = Callable[..., Any]
@@ -253,3 +253,18 @@ def test_pictures_are_seen_through_the_domains_preprocessing(
         return ot.predict(model, pictures(1))[0]
 
     assert answer(16) != answer(20)
+
+
+def test_scores_that_are_not_finite_are_a_problem_of_their_image_alone(model: nn.Module) -> None:
+    x_bchw = torch.rand(3, 3, 16, 16)
+    x_bchw[1, 0, 0, 0] = torch.nan
+    first, broken, last = ot.predict(model, x_bchw)
+    assert (broken.classes, first.problem, last.problem) == ((), "", "")
+    assert "not finite (NaN or infinity)" in broken.problem
+    with pytest.raises(DataError, match="look for broken numbers in the image"):
+        broken.best  # noqa: B018
+
+
+def test_a_batch_has_an_image(model: nn.Module, folder: Path) -> None:
+    with pytest.raises(TrainingError, match="batch_size=0: give at least one image a batch"):
+        ot.predict(model, folder, batch_size=0)

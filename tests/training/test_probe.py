@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -16,7 +17,7 @@ from onetrunk.core.domain import delta_names
 from onetrunk.errors import TrainingError
 from onetrunk.training import probe
 from onetrunk.training.examples import examples_of
-from onetrunk.training.probe import features_of, linear_probe, start_from_probe
+from onetrunk.training.probe import best_logistic, features_of, linear_probe, start_from_probe
 
 Make = Callable[..., Any]
 CLASSES = ("ant", "bee", "cat")
@@ -164,3 +165,15 @@ def test_a_domain_may_start_from_its_probe() -> None:
     assert (
         ot.evaluate(model, data).confusion.tolist() == ot.evaluate(probed, data).confusion.tolist()
     )
+
+
+@pytest.mark.parametrize("constant", [0.0, 1.1, 100.1])
+def test_features_that_only_round_get_no_weight(constant: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_nf = torch.randn(60, 4, generator=generator)
+    x_nf[:, 3] = constant * (1 + 1e-7 * torch.randn(60, generator=generator))
+    labels_n = (x_nf[:, 0] > 0).long()
+    weight, bias = best_logistic(x_nf, labels_n, x_nf, labels_n, 2)
+    assert weight[:, 3].tolist() == [0, 0] and weight.abs().max() < 100
+    exact = F.linear(x_nf.double(), weight.double(), bias.double())
+    assert torch.allclose(F.linear(x_nf, weight, bias).double(), exact, atol=1e-4)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import onetrunk as ot
 from onetrunk.backbones import resnet26
 from onetrunk.core.domain import delta
-from onetrunk.errors import AttachError, TrainingError
+from onetrunk.errors import AttachError, MergeError, TrainingError
 from onetrunk.training.cached import cached
 from onetrunk.training.fit import fit
 from onetrunk.training.recomputed import blocks_of, recomputed
@@ -248,3 +248,9 @@ def test_the_first_blocks_alone_are_recomputed_with_the_same_gradients() -> None
     assert all(map(torch.equal, found, expected))
     with pytest.raises(TrainingError, match=r"n_blocks=0\): give at least 1, or None for all"):
         recomputed(model, n_blocks=0)
+
+
+def test_a_recomputed_network_is_not_merged() -> None:
+    model = ot.attach(resnet26(0.125), classes=["daisy", "rose"], input_size=(3, 16, 16))
+    with pytest.raises(MergeError, match=r"computes otherwise than its class.*Merge the network"):
+        ot.merge(recomputed(model))

@@ -218,3 +218,10 @@ def test_sizes_must_be_those_of_the_batch(net):
 
 def trained(models: dict[str, nn.Module], data: dict[str, Any]) -> None:
     list(ot.fit_together(models, data, RECIPE))
+
+
+@pytest.mark.parametrize("recipe", ["paper", {"a": RECIPE}])
+def test_what_is_no_recipe_is_refused(recipe: Any, net: nn.Module) -> None:
+    models = domains(net)
+    with pytest.raises(TrainingError, match="is no recipe: give a Recipe, or read_recipe"):
+        next(ot.fit_together(models, {}, recipe))

@@ -7,10 +7,9 @@ very small". Norms and biases are left out: only the weights that mix channels a
 import torch
 from torch import Tensor, nn
 
-from .domain import domain_of, own_size
+from .domain import domain_of, trace_of
 from .merge import merge
 from .sites import effective_weight
-from .trace import trace
 
 
 @torch.no_grad()
@@ -30,10 +29,9 @@ def relative_change(model: nn.Module) -> dict[str, float]:
     {0.0}
     """
     domain = domain_of(model)
-    head = domain.head[0] if len(domain.head) == 1 else None
     merged = merge(model, fold_norms=False)
     changes = {}
-    for site in trace(domain.backbone, own_size(domain), head).sites:
+    for site in trace_of(domain).sites:
         before, after = (_weight(network, site.name) for network in (domain.backbone, merged))
         size = before.norm().clamp_min(torch.finfo(torch.float64).tiny)
         changes[site.name] = float((after - before).norm() / size)

@@ -289,6 +289,12 @@ class _Domains:
         """The matrices of all domains at one site, decomposed."""
         adapted = [adapted_at(model, site) for model in self.models.values()]
         a_doi = torch.stack([_matrix(module.adapter) for module in adapted])
+        odd = [name for name, a in zip(self.models, a_doi, strict=True) if not a.isfinite().all()]
+        if odd:
+            raise CompressError(
+                f"domain {odd[0]!r} has an adapter at {site} that holds NaN or infinity. Train the "
+                "domain again."
+            )
         held = sum(_n_matrix_numbers(module.adapter) for module in adapted)
         limit = sum(_max_rank(module.adapter) for module in adapted)
         scales_d, covariances_dii = self._scales(site, adapted, covariances)

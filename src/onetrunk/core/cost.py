@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from .adapted import Adapted
-from .domain import domain_of, own_size, stored
-from .trace import Size, trace
+from .domain import domain_of, stored, trace_of
+from .trace import Size
 from .tree import is_norm, own_tensors
 
 
@@ -119,9 +119,7 @@ def cost(model: nn.Module, input_size: Size | None = None) -> Cost:
         BackboneError: where the backbone does not run at that size.
     """
     domain = domain_of(model)
-    size = input_size or own_size(domain)
-    head = domain.head[0] if len(domain.head) == 1 else None
-    traced = {site.name: site for site in trace(domain.backbone, size, head).sites}
+    traced = {site.name: site for site in trace_of(domain, input_size).sites}
     sites = tuple(
         SiteCost(
             name,
@@ -171,7 +169,7 @@ def own_site_tensors(model: nn.Module, site: str) -> list[torch.Tensor]:
 
 def _numbers_by_holder(model: nn.Module, own: Mapping[str, torch.Tensor]) -> dict[str, int]:
     domain = domain_of(model)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     heads = tuple(f"{name}." for name in domain.head)
     adapters = tuple(f"{n}.adapter." for n, m in modules.items() if isinstance(m, Adapted))
     counts = {"adapters": 0, "norms": 0, "head": 0, "weights": 0}

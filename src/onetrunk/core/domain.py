@@ -11,7 +11,7 @@ from ..data.preprocessing import Preprocessing
 from ..errors import AttachError
 from .basis import Basis
 from .plan import Plan
-from .trace import Size
+from .trace import Size, Trace, trace
 from .tree import is_counter, is_norm, original_names, same_bits
 
 Scope = Literal["adapters", "head", "everything"]
@@ -85,6 +85,16 @@ def own_size(domain: Domain) -> Size | None:
         return domain.input_size
     side = domain.preprocessing.size_px
     return domain.preprocessing.channels, side, side
+
+
+def trace_of(domain: Domain, size: Size | None = None) -> Trace:
+    """The domain's backbone as it runs at `size`; by default at that of the domain's own images.
+
+    Raises:
+        BackboneError: where it does not run.
+    """
+    head = domain.head[0] if len(domain.head) == 1 else None
+    return trace(domain.backbone, size or own_size(domain), head)
 
 
 def mark(model: nn.Module, domain: Domain) -> None:

@@ -18,7 +18,7 @@ from .adapters.series import norm_gain_and_shift
 from .domain import domain_of, own_size, unmark
 from .sites import effective_weight, forward_known
 from .trace import Size, following_norms
-from .tree import Frozen, copy_tree, on_cpu, replace_modules
+from .tree import Frozen, copy_tree, is_recast, on_cpu, reference_of, replace_modules
 
 ABSOLUTE = 1e-4  # of the largest logit: no merge in float32 or float64 may be further off
 NOISE_FACTOR = 4  # times the network's own rounding noise
@@ -43,12 +43,14 @@ def merge(model: nn.Module, *, fold_norms: bool = True, check: Tensor | None = N
         check: images (b, c, h, w) on which both networks are compared, if given.
 
     Raises:
-        MergeError: where a number is not finite, or `check` shows a difference above 4 times the
-            network's own rounding noise (in float32 and float64 above 1e-4 of the largest logit).
+        MergeError: where a number is not finite, for a network that `recomputed` or `cached` made,
+            or where `check` shows a difference above 4 times the network's own rounding noise (in
+            float32 and float64 above 1e-4 of the largest logit).
     """
     domain = domain_of(model)
     if (device := next(model.parameters()).device).type == "mps":  # it has no float64
         return merge(on_cpu(model), fold_norms=fold_norms, check=check).to(device)
+    _refuse_recast(model)
     _refuse_non_finite(model)
     merged = copy_tree(model, own=[*model.parameters(), *model.buffers()]).eval()
     unmark(merged)
@@ -72,6 +74,15 @@ _M = TypeVar("_M", bound=nn.Module)
 
 def _all(model: nn.Module, kind: type[_M]) -> list[tuple[str, _M]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def _refuse_recast(model: nn.Module) -> None:
+    if odd := next((m for m in model.modules() if is_recast(m)), None):
+        raise MergeError(
+            f"{type(odd).__name__} in this network computes otherwise than its class, as "
+            "`recomputed` and `cached` make it for training. Merge the network that was given to "
+            "them: it has the same numbers."
+        )
 
 
 def _refuse_non_finite(model: nn.Module) -> None:
@@ -180,11 +191,11 @@ def difference(
         first network against itself in float64; 0 where it is in float64) and `limit` (what the
         laws allow: 4 times the noise, in float32 and float64 never above 1e-4).
     """
-    like = next(model.parameters())
+    like = reference_of(model)
     images_bchw = images_bchw.to(like.device, like.dtype)
     with torch.no_grad(), _unrounded():
         twice = _as_double(on_cpu(model) if like.device.type == "mps" else model)
-        exact = twice(images_bchw.to(next(twice.parameters()).device).double()).cpu()
+        exact = twice(images_bchw.to(reference_of(twice).device).double()).cpu()
         scale = exact.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
         y = model_in_eval(model)(images_bchw).cpu().double()
         noise = float((y - exact).abs().max() / scale)

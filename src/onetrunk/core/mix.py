@@ -17,7 +17,7 @@ from ..errors import MixError
 from .adapted import Adapted
 from .adapters.base import Correction
 from .adapters.series import norm_gain_and_shift
-from .domain import domain_of
+from .domain import domain_of, mark
 from .merge import difference
 from .mixable import base_tree, check_own, check_rows, check_shares
 from .rowwise import (
@@ -32,7 +32,7 @@ from .rowwise import (
 )
 from .sites import Site, package_and_class, site_of
 from .trace import folds_into_a_layer
-from .tree import copy_tree, is_norm, replace_modules
+from .tree import copy_tree, is_norm, rewired
 
 
 def mix(models: Mapping[str, nn.Module], *, check: Tensor | None = None) -> "Mixed":
@@ -100,13 +100,15 @@ class Mixed(nn.Module):
 
     def __init__(self, first: nn.Module, domains: Sequence[_Domain]) -> None:
         super().__init__()
-        self._first, self._rows = (copy_tree(first),), Rows()  # a tuple: no submodule
+        self._rows = Rows()
         self._classes = {domain.name: domain.classes for domain in domains}
         self._places = _places(domains)
         base = base_tree(first)
         layers = {path for group in self._places for path in group}
         check_rows(base, layers, domain_of(first))
         self.network = _assembled(base, domains, self._places, self._rows)
+        mark(base, domain_of(first))
+        self._base = (base,)  # a tuple: no submodule; its layers are the network's own
         n_classes_d = torch.tensor([len(domain.classes) for domain in domains])
         self.register_buffer("n_classes_d", n_classes_d.to(_device_of(first)), persistent=False)
         self.n_classes_d: Tensor
@@ -185,8 +187,8 @@ class Mixed(nn.Module):
         """
         if name in self._classes:
             raise MixError(f"there is a domain {name!r} already: take it out with without().")
-        (first,) = self._first
-        return Mixed(first, [*self._read(), _read(name, model, first)])
+        (base,) = self._base
+        return Mixed(base, [*self._read(), _read(name, model, base)])
 
     def without(self, name: str) -> "Mixed":
         """A mixture with one domain less; this one stays as it is and may be in use.
@@ -197,7 +199,7 @@ class Mixed(nn.Module):
         left = [domain for domain in self._read() if domain.name != self._known(name)]
         if not left:
             raise MixError(f"{name!r} is the only domain: a mixture has at least one.")
-        return Mixed(self._first[0], left)
+        return Mixed(self._base[0], left)
 
     def train(self, mode: bool = True) -> "Mixed":
         """Refused: a mixture is a snapshot.
@@ -214,9 +216,7 @@ class Mixed(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Mixed":
         """`.to()`, `.half()` ...: what a later domain goes into is moved along."""
-        moved = copy_tree(self._first[0])
-        moved._apply(fn)
-        self._first = (moved,)
+        self._base[0]._apply(fn)
         return super()._apply(fn, recurse)
 
     def _scores(self, images_bchw: Tensor, index_b: Tensor) -> Tensor:
@@ -320,20 +320,17 @@ def _assembled(
     base: nn.Module, domains: Sequence[_Domain], places: "_Places", rows: Rows
 ) -> nn.Module:
     """The base's tree with row-wise layers where the domains differ."""
-    network = copy_tree(base)
     made: dict[str, nn.Module] = {}
     for path in places.sites:
-        layer: Any = network.get_submodule(path)
+        layer: Any = base.get_submodule(path)
         site = site_of(path, layer)
         assert isinstance(site, Site)  # a domain adapted it
         made[path] = RowwiseSite(layer, site, [d.sites.get(path) for d in domains], rows)
     for path in places.norms:
-        made[path] = _rowwise_norm(
-            network.get_submodule(path), [d.norms[path] for d in domains], rows
-        )
+        made[path] = _rowwise_norm(base.get_submodule(path), [d.norms[path] for d in domains], rows)
     for path in places.heads:
         made[path] = RowwiseHead([d.heads[path] for d in domains], rows)
-    replace_modules(network, made)
+    network = rewired(base, {base.get_submodule(path): module for path, module in made.items()})
     return network.requires_grad_(False)
 
 

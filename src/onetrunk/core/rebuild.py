@@ -13,6 +13,7 @@ from .adapters.shared import SharedAdapter
 from .attach import build, plan_text
 from .basis import Basis
 from .domain import delta, domain_of
+from .tree import first_names
 
 Adapters = Mapping[str, Mapping[str, Tensor]]  # site -> name in the adapter -> numbers
 
@@ -44,10 +45,9 @@ def rebuilt(
         basis=basis if basis is not None and basis.factors else None,
         held=domain.held,
     )
-    values = delta(model)
+    values, own = ({n: t for n, t in delta(m).items() if n in first_names(m)} for m in (model, new))
     given = {f"{s}.adapter.{n}": t for s, found in adapters.items() for n, t in found.items()}
     changed = tuple(f"{site}.adapter." for site in adapters)
-    own = delta(new)
     outside = {name for name in values if not name.startswith(changed)} if changed else {*values}
     if outside - own.keys() or own.keys() - values.keys() - given.keys():
         odd = sorted((outside - own.keys()) | (own.keys() - values.keys() - given.keys()))

@@ -63,6 +63,9 @@ class Rows:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Rows":
         return memo.setdefault(id(self), Rows())
 
+    def __reduce__(self) -> str:
+        raise MixError("a mixture is not saved: keep its domains in a bank, load and mix them.")
+
 
 class Rowwise(nn.Module, abc.ABC):
     """A layer with numbers of its own for every domain."""

@@ -31,10 +31,9 @@ from ..tensorfile import fingerprint_of
 from .adapted import Adapted
 from .adapters.lowrank import LowRankAdapter
 from .adapters.parallel import ParallelAdapter
-from .domain import domain_of, own_size
+from .domain import domain_of, trace_of
 from .plan import Where
 from .sites import Site, Tap
-from .trace import trace
 from .tree import Wrapper, copy_tree, replace_modules
 
 DAMPING = 0.1  # of a covariance's mean variance, added to every direction before it is inverted
@@ -106,9 +105,7 @@ def measure(
         BackboneError: as `trace`.
     """
     domain = domain_of(model)
-    head = domain.head[0] if len(domain.head) == 1 else None
-    traced = trace(domain.backbone, own_size(domain), head)
-    sites = (where or Where(layers="all")).choose(traced.sites)
+    sites = (where or Where(layers="all")).choose(trace_of(domain).sites)
     watched = copy_tree(model, own=model.buffers()).eval()
     meters = {site.name: _Meter(site) for site in sites}
     replace_modules(watched, {s.name: _watching(watched, s, meters[s.name]) for s in sites})

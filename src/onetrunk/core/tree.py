@@ -49,10 +49,20 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not tensor.requires_grad and not vars(tensor) and whole
 
 
+def reference_of(network: nn.Module) -> Tensor:
+    """A parameter that is where, and of the type that, the network takes its images."""
+    return next(p for p in network.parameters() if p.is_floating_point())
+
+
 def own_tensors(module: nn.Module) -> Iterator[Tensor]:
     """The parameters and buffers that sit directly on `module`."""
     yield from (p for p in module._parameters.values() if p is not None)
     yield from (b for b in module._buffers.values() if b is not None)
+
+
+def first_names(module: nn.Module) -> set[str]:
+    """One name for each parameter and buffer: the first, where modules or tensors have several."""
+    return {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -100,8 +110,14 @@ def rewired(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
 def recast(module: nn.Module, behaviour: type[nn.Module]) -> nn.Module:
     """A shallow copy over the same submodules and tensors; `behaviour` goes before its class."""
     twin, cls = shell(module), type(module)
-    twin.__class__ = type(cls.__name__, (behaviour, cls), {"__module__": cls.__module__})
+    facts = {"__module__": cls.__module__, "_recast": True}
+    twin.__class__ = type(cls.__name__, (behaviour, cls), facts)
     return twin
+
+
+def is_recast(module: nn.Module) -> bool:
+    """Whether `recast` made `module`."""
+    return getattr(type(module), "_recast", False)
 
 
 def shell(module: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from ..backbones import fingerprint
 from ..core.domain import domain_of, own_size
 from ..core.merge import difference
 from ..core.trace import trace
+from ..core.tree import reference_of
 from ..errors import BankError, ExportError
 from ..files import reason, write_atomically
 
@@ -51,7 +52,7 @@ class Format:
 
 def seen(model: nn.Module, images_bchw: Tensor | None) -> Tensor:
     """What the check looks at, as `model` takes it; noise of the domain's size for None."""
-    domain, like = domain_of(model), next(model.parameters())
+    domain, like = domain_of(model), reference_of(model)
     if images_bchw is None:
         size = own_size(domain) or trace(domain.backbone).input_size
         generator = torch.Generator().manual_seed(0)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.domain import domain_of, trains_basis
+from ..core.tree import reference_of
 from ..errors import TrainingError
 from ..tensorfile import fingerprint_of
 from .cut import Cut, cut_off, features, is_close
 from .examples import Examples, ImageExamples, Progress, examples_of
 from .featurefile import FeatureFile, digest_of, n_bytes
 from .fit import best_device
-from .recipe import Recipe
+from .recipe import Recipe, checked
 
 MEMORY_LIMIT_BYTES = 2 * 2**30
 BATCH_SIZE = 64
@@ -140,7 +141,7 @@ def cached(
     >>> made.cut.at, [step.epoch for step in fit(made.model, made.train, short, device="cpu")]
     ('3', [1, 1, 2, 2])
     """
-    recipe = recipe or Recipe()
+    recipe = checked(recipe)
     if type(views) is not int or views < 0:
         raise TrainingError(f"cached(views={views!r}): give a whole number of views, 0 or more.")
     if trains_basis(model):
@@ -168,7 +169,7 @@ def cached(
 
 
 def _moved(model: nn.Module, x_bchw: Tensor) -> Tensor:
-    like = next(model.parameters())
+    like = reference_of(model)
     return x_bchw.to(like.device, like.dtype)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..core.domain import domain_of
 from ..core.merge import model_in_eval
-from ..core.tree import copy_tree
-from ..errors import DivergedError
+from ..core.tree import copy_tree, reference_of
+from ..errors import DivergedError, TrainingError
 from .examples import Examples, ImageExamples, Progress, examples_of
 
 N_BINS = 15  # of the calibration error, as in Guo et al., ICML 2017
@@ -63,7 +63,8 @@ def evaluate(
         progress: called with (images done, images) after every batch.
 
     Raises:
-        TrainingError, DataError: as `fit`, for data that does not fit the domain.
+        TrainingError, DataError: as `fit`, for data that does not fit the domain; for a batch of
+            less than one image.
         DivergedError: where the network's logits are not finite.
     """
     examples = examples_of(model, data)
@@ -98,15 +99,22 @@ def logits_of(
     progress: Progress | None = None,
 ) -> Tensor:
     """Logits (n, c) of every example, on the CPU, in float32; the network stays as it was."""
+    check_batch_size(batch_size)
     network = ready(model, device)
-    reference = next(network.parameters())
+    like = reference_of(network)
     logits: list[Tensor] = []
     for indices in torch.arange(len(examples)).split(batch_size):
-        x_bchw = examples.views(indices).to(reference.device, reference.dtype)
+        x_bchw = examples.views(indices).to(like.device, like.dtype)
         logits.append(network(x_bchw).float().cpu())
         if progress is not None:
             progress(int(indices[-1]) + 1, len(examples))
     return torch.cat(logits)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuses batches of no image. Raises TrainingError."""
+    if batch_size < 1:
+        raise TrainingError(f"batch_size={batch_size}: give at least one image a batch.")
 
 
 def figures(

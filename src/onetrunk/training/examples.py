@@ -80,13 +80,24 @@ class TensorExamples(Examples):
         self.dataset, self.labels = dataset, labels
 
     def views(self, indices: Tensor) -> Tensor:
-        return torch.stack(_read(self.dataset, indices.tolist(), view_seeds(0, 0, indices)))
+        return _stacked(_read(self.dataset, indices.tolist(), view_seeds(0, 0, indices)))
 
     def training_views(
         self, indices: Tensor, seed: int, epoch: int, scale: tuple[float, float] | None
     ) -> Tensor:
         seeds_b = view_seeds(seed, epoch, indices)
-        return torch.stack(_read(self.dataset, indices.tolist(), seeds_b))
+        return _stacked(_read(self.dataset, indices.tolist(), seeds_b))
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    """(b, c, h, w). Raises TrainingError where the images are not of one size."""
+    if len(shapes := {tuple(image.shape) for image in images}) > 1:
+        few = " and ".join(map(str, sorted(shapes)[:2]))
+        raise TrainingError(
+            f"the dataset's tensors are of several sizes ({few}), and a batch has one: scale or "
+            "crop them to one size, (c, h, w)."
+        )
+    return torch.stack(tuple(images))
 
 
 def _read(dataset: Any, indices: Sequence[int], seeds_b: Tensor) -> list[Any]:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.domain import delta, domain_of, trains_basis
+from ..core.tree import reference_of
 from ..errors import DivergedError, TrainingError
 from ..tensorfile import fingerprint_of
 from .checkpoint import Checkpoint, make_folder, read_checkpoint, write_checkpoint
@@ -32,7 +33,7 @@ from .examples import Examples, Progress, examples_of, one_ahead
 from .graphed import GraphedStep, cuda_graph
 from .optimizer import build_optimizer, held_norms
 from .randomness import own_draws, reseed, seed_of, uninterrupted
-from .recipe import Recipe
+from .recipe import Recipe, checked
 
 LATE_ERRORS = 2.0  # standard errors that a later epoch may be below the best: docs/recipes.md
 
@@ -123,11 +124,7 @@ def fit(
     >>> [step.epoch for step in fit(model, images, Recipe(epochs=2, batch_size=4))]
     [1, 1, 2, 2]
     """
-    recipe = recipe or Recipe()
-    if not isinstance(recipe, Recipe):
-        raise TrainingError(
-            f"fit was given the recipe {recipe!r}: give a Recipe, or read_recipe(text)."
-        )
+    recipe = checked(recipe)
     if trains_basis(model):
         _refuse_going_back(val=val, checkpoint=checkpoint)
     device = torch.device(device or best_device())
@@ -155,6 +152,8 @@ def fit(
             keeper.save()
         raise
     else:
+        if keeper is not None:  # what comes of the training may find no room
+            keeper.save()
         loop.take_best()
     finally:
         loop.leave()
@@ -213,7 +212,7 @@ class Loop:
         self.steps_an_epoch = len(train) // self.batch_size
         self.n_epochs = recipe.n_epochs(len(train))
         self.n_steps = recipe.n_steps(len(train))
-        self.dtype = next(model.parameters()).dtype
+        self.dtype = reference_of(model).dtype
         self.autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=_autocasts(recipe, device)
         )

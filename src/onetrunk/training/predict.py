@@ -11,12 +11,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..core.domain import domain_of
+from ..core.tree import reference_of
 from ..data import Images, Preprocessing, decode
 from ..data.source_folder import ENDINGS, images_below
 from ..errors import DataError
-from .evaluate import ready
+from .evaluate import check_batch_size, ready
 from .examples import preprocessing_of
 
+NOT_FINITE = (
+    "its scores are not finite (NaN or infinity): look for broken numbers in the image, or train "
+    "the domain again"
+)
 Row = tuple[tuple[str, float], ...]  # (class, probability), the likeliest first
 
 
@@ -27,7 +32,8 @@ class Prediction:
     Args:
         name: the file, or the image's number.
         classes: (class, probability), the likeliest first.
-        problem: why the image could not be read; then there are no classes.
+        problem: why there are no classes: the image could not be read, or its scores are not
+            finite.
     """
 
     name: str
@@ -39,7 +45,7 @@ class Prediction:
         """The likeliest class.
 
         Raises:
-            DataError: where the image could not be read.
+            DataError: where there is none, see `problem`.
         """
         if self.problem:
             raise DataError(self.problem)
@@ -66,9 +72,11 @@ def predict(
         DataError: where there is no such file or no image at all, for what is no kind of image,
             and for a single image that cannot be read. One in a folder or list gets a prediction
             with `problem` instead.
+        TrainingError: for a batch of less than one image.
     """
     if top_k < 1:
         raise DataError(f"top_k={top_k}: ask for at least one class.")
+    check_batch_size(batch_size)
     network = ready(model, device)
     if isinstance(images, Tensor):
         return _of_input(network, images, top_k, batch_size)
@@ -76,7 +84,7 @@ def predict(
     if _is_single(images):
         name = str(images) if isinstance(images, (str, Path)) else "0"
         x_1chw = preprocessing.evaluation_view(_prepared(name, images, preprocessing)[None])
-        return [Prediction(name, row) for row in _likeliest(network, x_1chw, top_k)]
+        return [_told(name, row) for row in _likeliest(network, x_1chw, top_k)]
     items = _listed(images)
     return [
         prediction
@@ -94,7 +102,12 @@ def _of_input(network: nn.Module, x_bchw: Tensor, top_k: int, batch_size: int) -
             "network's input, float (b, c, h, w). Give pictures as arrays: tensor.numpy()."
         )
     rows = [row for x in x_bchw.split(batch_size) for row in _likeliest(network, x, top_k)]
-    return [Prediction(str(number), row) for number, row in enumerate(rows)]
+    return [_told(str(number), row) for number, row in enumerate(rows)]
+
+
+def _told(name: str, row: Row) -> Prediction:
+    """The prediction of an image that could be read."""
+    return Prediction(name, row, "" if row else NOT_FINITE)
 
 
 def _of_images(
@@ -116,18 +129,22 @@ def _of_images(
         if place in problems:
             yield Prediction(name, (), problems[place])
         else:
-            yield Prediction(name, next(rows))
+            yield _told(name, next(rows))
 
 
 @torch.no_grad()
 def _likeliest(network: nn.Module, x_bchw: Tensor, top_k: int) -> list[Row]:
+    """The classes of every image; none where a score is not finite."""
     classes = domain_of(network).classes
-    reference = next(network.parameters())
-    probabilities_bc = network(x_bchw.to(reference.device, reference.dtype)).float().softmax(1)
-    top = probabilities_bc.topk(min(top_k, len(classes)), dim=1)
+    like = reference_of(network)
+    logits_bc = network(x_bchw.to(like.device, like.dtype)).float()
+    top = logits_bc.softmax(1).topk(min(top_k, len(classes)), dim=1)
+    finite_b = logits_bc.isfinite().all(1).tolist()
     return [
-        tuple((classes[i], p) for i, p in zip(places, values, strict=True))
-        for values, places in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        tuple((classes[i], p) for i, p in zip(places, values, strict=True)) if finite else ()
+        for values, places, finite in zip(
+            top.values.tolist(), top.indices.tolist(), finite_b, strict=True
+        )
     ]
 
 

@@ -21,6 +21,7 @@ from .examples import Examples, Progress, examples_of
 from .fit import fit
 from .recipe import Recipe
 
+CONSTANT = 1e-5  # of a feature's mean: what varies less is rounding
 DECAYS = (1e-2, 1e-1, 1.0, 1e1, 1e2)
 BY_STEPS = Recipe(epochs=20, lr=1e-2, head_lr_ratio=1.0)  # for heads of more than one linear layer
 
@@ -132,7 +133,9 @@ def best_logistic(
     x_nf: Tensor, labels_n: Tensor, val_x_nf: Tensor, val_labels_n: Tensor, n_classes: int
 ) -> tuple[Tensor, Tensor]:
     """Weight (c, f) and bias (c,) of the logistic regression that does best on validation."""
-    mean_f, std_f = x_nf.mean(0), x_nf.std(0, correction=0).clamp_min(1e-6)
+    mean_f, std_f = x_nf.mean(0), x_nf.std(0, correction=0)
+    constant_f = std_f <= (CONSTANT * mean_f.abs()).clamp_min(1e-6)
+    std_f = std_f.masked_fill(constant_f, torch.inf)
     z_nf, val_z_nf = (x_nf - mean_f) / std_f, (val_x_nf - mean_f) / std_f
     zeros = x_nf.new_zeros(n_classes, x_nf.shape[1]), x_nf.new_zeros(n_classes)
     best, best_loss = zeros, float("inf")

@@ -104,8 +104,9 @@ class Recipe:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise self._refused(name, f"one of {', '.join(known)}")
-        if not isinstance(self.nesterov, bool) or (self.nesterov and not self.momentum):
-            raise self._refused("nesterov", "True (with a momentum above 0) or False")
+        pulls = self.optimizer == "sgd" and bool(self.momentum)
+        if not isinstance(self.nesterov, bool) or (self.nesterov and not pulls):
+            raise self._refused("nesterov", "True (with sgd and a momentum above 0) or False")
         self._check_tables()
         self._normalise()
 
@@ -281,6 +282,19 @@ RECIPES: dict[str, Recipe] = {
     "released": RELEASED,
     "pretrain": PRETRAIN,
 }
+
+
+def checked(recipe: object) -> Recipe:
+    """The recipe; the default for None.
+
+    Raises:
+        TrainingError: where it is none.
+    """
+    if recipe is None:
+        return Recipe()
+    if not isinstance(recipe, Recipe):
+        raise TrainingError(f"{recipe!r} is no recipe: give a Recipe, or read_recipe(text).")
+    return recipe
 
 
 def read_recipe(text: str) -> Recipe:

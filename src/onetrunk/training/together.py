@@ -19,7 +19,7 @@ from .distributed import world
 from .examples import Progress, examples_of
 from .fit import Keeper, Loop, Step, best_device, check_dtype, told_of_lone_image
 from .randomness import Stream, own_draws, uninterrupted
-from .recipe import Recipe
+from .recipe import Recipe, checked
 
 
 def fit_together(
@@ -63,7 +63,7 @@ def fit_together(
     >>> [(name, step.step) for name, step in fit_together(models, images, recipe)]
     [('a', 1), ('b', 1), ('a', 2)]
     """
-    recipe, val, checkpoints = recipe or Recipe(), val or {}, checkpoints or {}
+    recipe, val, checkpoints = checked(recipe), val or {}, checkpoints or {}
     _check_names(models, train, val, checkpoints)
     if world().size > 1:
         raise TrainingError(
@@ -95,6 +95,8 @@ def fit_together(
             keeper.save()
         raise
     else:
+        for keeper in keepers.values():
+            keeper.save()
         for loop in loops.values():
             loop.take_best()
     finally:
