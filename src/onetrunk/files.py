@@ -153,6 +153,8 @@ def place(path: PathLike, data: bytes, *, disk: Disk = DISK) -> None:
 
 def _place(path: PathLike, parts: Iterable[bytes], disk: Disk) -> None:
     path = Path(path)
+    if not path.name or path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".onetrunk-{os.urandom(8).hex()}.tmp")
     try:
         _write_new(temporary, parts, disk)
@@ -209,6 +211,17 @@ def check_writable(folder: Path) -> None:
     """
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def check_place(file: Path) -> None:
+    """Whether a file can be written at `file`: for long work that writes it at its end.
+
+    Raises:
+        OSError: where it is a folder, or none can be made beside it.
+    """
+    if not file.name or file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    check_writable(file.parent)
 
 
 def reason(error: OSError) -> str:

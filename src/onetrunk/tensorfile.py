@@ -89,7 +89,7 @@ def is_ours(data: bytes) -> bool:
     try:
         size = int.from_bytes(data[:8], "little")
         return "onetrunk" in json.loads(data[8 : 8 + size])["__metadata__"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return False
 
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ from torch import nn
 import onetrunk as ot
 from onetrunk.backbones import fingerprint
 from onetrunk.bank.bank import Bank
+from onetrunk.bank.card import WITHOUT_BASIS
+from onetrunk.bank.store import Store
 from onetrunk.core.domain import delta, stored
 from onetrunk.data import Preprocessing
 from onetrunk.errors import AttachError, BankError, DamagedError, OnetrunkError
@@ -747,3 +750,40 @@ def test_blobs_are_plain_files_that_check_themselves(bank, net):
     tensors, card = unpack(only_blob(bank, "a").read_bytes(), "the blob")
     assert card["domain"] == 4 and card["backbone"]["fingerprint"] == fingerprint(net)
     assert tensors.keys() == stored(attached(net)).keys()
+
+
+def test_a_bank_made_anew_over_another_backbone_is_opened_again(tmp_path):
+    nets = [ot.backbone("resnet26(width=0.125)", pretrained=False) for _ in "ab"]
+    nets[1].stem.weight.data.mul_(2)
+    for net in nets:
+        shutil.rmtree(tmp_path / "bank", ignore_errors=True)
+        made = ot.Bank.create(tmp_path / "bank", net)
+        made.add("a", ot.attach(net, classes=["no", "yes"], input_size=(3, 16, 16)))
+        if net is nets[0]:
+            opened = ot.Bank.open(tmp_path / "bank")
+            opened.load("a")
+    with pytest.raises(BankError, match="made anew over another backbone since it was opened"):
+        opened.load("a")
+    ot.Bank.open(tmp_path / "bank").load("a")
+
+
+def test_a_device_without_numbers_is_refused(bank, net):
+    bank.add("a", attached(net))
+    with pytest.raises(BankError, match="device='meta' cannot be used: it holds no numbers"):
+        bank.load("a", device="meta")
+
+
+def test_a_form_that_wants_far_more_than_is_stored_is_refused_before_it_is_built(tmp_path):
+    path = tmp_path / "bank"
+    store = Store.create(path, {"spec": "resnet26(width=8.0)", "fingerprint": "0" * 64}, small())
+    assert store.path == path
+    with pytest.raises(
+        DamagedError, match=r"resnet26\(width=8.0\).*which takes \d.*its file holds"
+    ):
+        ot.Bank.open(path).backbone  # noqa: B018
+
+
+def small() -> bytes:
+    net = ot.backbone("resnet26(width=0.125)", pretrained=False)
+    described = {"spec": "resnet26(width=8.0)", "fingerprint": "0" * 64}
+    return pack(net.state_dict(), {"backbone": WITHOUT_BASIS, **described})

@@ -36,3 +36,13 @@ def test_a_resumed_run_counts_its_own_steps(monkeypatch, capsys):
 def test_short_work_and_a_silent_process_leave_no_line(monkeypatch, capsys):
     assert told(monkeypatch, capsys, range(2)) == []
     assert told(monkeypatch, capsys, range(8), quiet=True) == []
+
+
+def test_names_are_shown_as_they_are_and_command_no_terminal(capsys):
+    screen = Screen()
+    screen.say("a:cat:b [/b]x \\[b]y \x1b[31mred")
+    screen.table(("class", "n"), [("a:cat:b", "1"), ("[/b]x" * 40, "2"), ("\x1b[31mred", "3")])
+    said, _, first, second, third = capsys.readouterr().out.splitlines()
+    assert said == "a:cat:b [/b]x \\[b]y \N{REPLACEMENT CHARACTER}[31mred"
+    assert (first.split(), second.split()) == (["a:cat:b", "1"], ["[/b]x" * 40, "2"])
+    assert third.split() == ["\N{REPLACEMENT CHARACTER}[31mred", "3"]

@@ -1,4 +1,4 @@
-"""attach refuses a network whose forward does not go through what is attached; it writes nothing."""
+"""attach refuses a forward that passes by what is attached; its dry runs write nothing."""
 
 import pytest
 import torch

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import onetrunk as ot
+from onetrunk.backbones import fingerprint
 from onetrunk.core.domain import delta_names
 from onetrunk.errors import DamagedError, DataError, TrainingError
 from onetrunk.training.fit import Loop, Step, fit
@@ -683,10 +685,23 @@ def test_the_checkpoint_is_written_when_due_and_its_folder_made(
     make_model: Make, make_tensors: Make, tmp_path: Path
 ) -> None:
     path = tmp_path / "deep" / "down" / "run"
-    train(make_model(), make_tensors(24), checkpoint=path, checkpoint_every_s=1e9)
-    assert path.parent.is_dir() and not path.exists()
+    steps = fit(make_model(), make_tensors(24), ot.Recipe(epochs=1), checkpoint=path)
+    with closing(steps):
+        next(steps)
+        assert path.parent.is_dir() and not path.exists()
+    path.unlink()
     train(make_model(), make_tensors(24), checkpoint=path, checkpoint_every_s=0)
     assert [p.name for p in path.parent.iterdir()] == ["run"]
+
+
+def test_a_training_that_ended_is_kept_for_whoever_could_not_store_it(
+    make_model: Make, make_tensors: Make, tmp_path: Path
+) -> None:
+    path, data = tmp_path / "run", make_tensors(24)
+    first, again = make_model(), make_model()
+    assert train(first, data, checkpoint=path, checkpoint_every_s=1e9)
+    assert train(again, data, checkpoint=path) == []
+    assert fingerprint(first) == fingerprint(again)
 
 
 def test_broken_validation_data_is_an_error_before_the_first_step(
@@ -697,5 +712,5 @@ def test_broken_validation_data_is_an_error_before_the_first_step(
 
 
 def test_the_text_of_a_recipe_is_told_to_be_read(make_model):
-    with pytest.raises(TrainingError, match=r"the recipe 'paper': give a Recipe, or read_recipe"):
+    with pytest.raises(TrainingError, match=r"'paper' is no recipe: give a Recipe, or read_recipe"):
         next(ot.fit(make_model(), [], "paper"))

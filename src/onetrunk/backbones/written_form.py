@@ -326,6 +326,14 @@ def is_untrained(form: str, weights: str | Path | None = None) -> bool:
     return ours and weights is None and not packaged.holds(read.source, read.name, read.options)
 
 
+def size_of(form: str) -> int:
+    """Bytes of the weights of a written form; computed without any."""
+    read = read_form(form)
+    with torch.device("meta"):
+        twin = LOADERS[read.source](read.name, read.options, False)
+    return sum(tensor.nbytes for tensor in twin.state_dict().values())
+
+
 def build_empty(form: str) -> nn.Module:
     """The architecture of a written form with unset weights, for a bank to fill."""
     read = read_form(form)

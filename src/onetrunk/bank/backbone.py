@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backbones import backbone as build_backbone
 from ..backbones import fingerprint
-from ..backbones.written_form import OWN_MODULE, build_empty, load_tensors, read_form
+from ..backbones.written_form import OWN_MODULE, build_empty, load_tensors, read_form, size_of
 from ..core.domain import Domain
 from ..core.tree import storage_key
 from ..errors import BankError, DamagedError, told
@@ -18,18 +18,20 @@ from ..tensorfile import unpack
 
 # What timm would read files or addresses from, or build another kind of network with.
 _UNSAFE_OPTIONS = ("checkpoint_path", "cache_dir", "features_only")
+MAX_GROWTH = 8  # of stored weights in memory before they are looked at: float16 or int8 ones grow
 
 
 @dataclass
 class Checked:
-    """A backbone whose fingerprint was right when its tensors had this stamp."""
+    """A backbone that had this fingerprint when its tensors had this stamp."""
 
     module: nn.Module
+    fingerprint: str
     stamp: tuple[object, ...]
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Checked":
-        return cls(module, stamp_of(module))
+    def of(cls, module: nn.Module, known: str) -> "Checked":
+        return cls(module, known, stamp_of(module))
 
 
 def stamp_of(module: nn.Module) -> tuple[object, ...]:
@@ -63,8 +65,14 @@ def rebuilt(form: str, blob: bytes | None, path: Path) -> nn.Module:
     _refuse_unsafe(form, f"bank {path}")
     if blob is None:
         return build_backbone(form)
-    module = build_empty(form)
     tensors, _ = unpack(blob, f"the backbone of {path}", trusted=True)
+    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    if (n_wanted := size_of(form)) > MAX_GROWTH * n_bytes:
+        raise DamagedError(
+            f"the backbone of {path} is written {form[:200]!r}, which takes {n_wanted:,} bytes, "
+            f"and its file holds {n_bytes:,}. Get the bank from somebody you trust."
+        )
+    module = build_empty(form)
     _take_dtypes(module, tensors)
     load_tensors(module, tensors, f"the backbone of {path}")
     return module
@@ -80,12 +88,16 @@ def _take_dtypes(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def usable_device(device: str | torch.device) -> torch.device:
     """The device by that name. Raises BankError where this machine or build of torch has none."""
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device)
+        problem = "it holds no numbers" if found.is_meta else ""
     except (RuntimeError, AssertionError, TypeError) as error:
+        problem = told(error)
+    if problem:
         raise BankError(
-            f"device={str(device)!r} cannot be used: {told(error)}. Use 'cpu', or a device that "
-            "this machine and this build of torch have."
-        ) from error
+            f"device={str(device)!r} cannot be used: {problem}. Use 'cpu', or a device that this "
+            "machine and this build of torch have."
+        )
+    return found.device
 
 
 def refuse_no_backbone(module: object) -> None:

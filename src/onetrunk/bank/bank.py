@@ -112,7 +112,9 @@ class Bank:
     def __init__(self, store: Store, backbone: nn.Module | None) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._home = None if backbone is None else Checked.of(backbone)
+        self._home = None
+        if backbone is not None:
+            self._home = Checked.of(backbone, self.backbone_fingerprint)
         self._copies: dict[torch.device, Checked] = {}
         self._bases: weakref.WeakValueDictionary[tuple[str, torch.device], Basis]
         self._bases = weakref.WeakValueDictionary()  # as long as a network lies over one
@@ -161,7 +163,7 @@ class Bank:
         if backbone is not None:
             refuse_no_backbone(backbone)
             bank._check_fingerprint(fingerprint(backbone), "the backbone that was given")
-            bank._home = Checked.of(backbone)
+            bank._home = Checked.of(backbone, bank.backbone_fingerprint)
         return bank
 
     @classmethod
@@ -215,7 +217,7 @@ class Bank:
         """
         with self._lock:
             if self._home is None:
-                self._home = Checked.of(self._build_backbone())
+                self._home = self._build_backbone()
             self._recheck(self._home)
             return self._home.module
 
@@ -316,9 +318,12 @@ class Bank:
         Raises:
             BankError: where there is no such domain, or the file cannot be written.
         """
-        blob = self._store.read(name).blob
-        if name in self.domains and self._store.manifest.domains[name].shared:
-            card = self.domains[name]
+        contents = self._store.read(name)
+        blob, entry = contents.blob, contents.entry
+        if entry.shared:
+            card = read_light(
+                name, entry.card, size=entry.size, digest=entry.digest, origin=self._origin(name)
+            )
             alone = standalone(self.load(name))
             _, blob, _ = self._packed(name, alone, card.metrics, card.provenance)
         try:
@@ -478,11 +483,12 @@ class Bank:
             )
         return tensors, blueprint
 
-    def _build_backbone(self) -> nn.Module:
+    def _build_backbone(self) -> Checked:
         form = self.backbone_form
         module = rebuilt(form, self._store.read_backbone(), self.path)
-        self._check_fingerprint(fingerprint(module), f"{form} as it is found now")
-        return module
+        found = fingerprint(module)
+        self._check_fingerprint(found, f"{form} as it is found now")
+        return Checked.of(module, found)
 
     def _backbone_on(self, device: str | torch.device | None) -> nn.Module:
         home = self.backbone
@@ -493,12 +499,18 @@ class Bank:
             return home
         with self._lock:
             if place not in self._copies:
-                self._copies[place] = Checked.of(copy_tree(home).to(place))
+                moved = copy_tree(home).to(place)
+                self._copies[place] = Checked.of(moved, self.backbone_fingerprint)
             self._recheck(self._copies[place])
             return self._copies[place].module
 
     def _recheck(self, checked: Checked) -> None:
         """Takes the fingerprint again where a tensor was written to since it was last taken."""
+        if checked.fingerprint != self.backbone_fingerprint:
+            raise BankError(
+                f"the bank at {self.path} was made anew over another backbone since it was opened. "
+                "Open it again: Bank.open(path)."
+            )
         stamp = stamp_of(checked.module)
         if stamp != checked.stamp:
             self._check_fingerprint(

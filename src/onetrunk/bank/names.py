@@ -1,8 +1,8 @@
 """The names of domains: 1-64 characters of a-z 0-9 _ -, the first a letter or a digit.
 
-So narrow an alphabet has no look-alikes, no letter case, no separators and no reserved words, and
-a name means the same on every file system, in a URL and on a command line. (No name ever becomes
-a file name all the same: files are called by their hash.)
+So narrow an alphabet has no look-alikes, no letter case and no separators, and
+a name means the same on every file system, in a URL and on a command line. (A bank's files are
+called by their hash all the same; only a training under way is a file of its domain's name.)
 """
 
 import re

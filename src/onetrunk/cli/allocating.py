@@ -19,7 +19,7 @@ from ..core.domain import domain_of
 from ..core.plan import Plan, Where
 from ..core.sensitivity import Sensitivity
 from ..errors import AttachError, BankError, SpecError
-from ..files import check_writable, read_checked, reason, write_atomically
+from ..files import check_place, read_checked, reason, write_atomically
 from ..pictures import check_drawable, draw_site_map
 from ..training.fit import fit
 from ..training.sensitivity import By, sensitivity
@@ -58,7 +58,7 @@ def run(bank: Bank, request: Request, wish: Wish, screen: Screen) -> dict[str, A
     parse_budget(wish.budget, bank.backbone)  # a budget that cannot be read costs no minutes
     for file in (wish.out, wish.map):
         if file is not None:
-            _check_writable(file)
+            _check_place(file)
     if wish.map is not None:
         check_drawable(wish.map, "the map")
     with nullcontext() if wish.plan_only else alone(bank, request):
@@ -164,9 +164,9 @@ def _trained_in_full(
     return model
 
 
-def _check_writable(file: Path) -> None:
+def _check_place(file: Path) -> None:
     try:
-        check_writable(file.parent)
+        check_place(file)
     except OSError as error:
         raise BankError(f"{file} cannot be written: {reason(error)}") from error
 

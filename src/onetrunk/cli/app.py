@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ..errors import OnetrunkError
+from ..files import reason
 from .commands.allocate import allocate
 from .commands.benchmark import benchmark
 from .commands.compress import compress
@@ -58,6 +59,10 @@ STOPPED = {  # what is said of a Ctrl-C, by the command
     "compress": "stopped.",  # it says the rest itself
     "benchmark": "stopped. What is finished is kept: the same command goes on from there.",
 }
+FULL = (
+    "what was to be written, or the lines on standard output, found no room. Make some and run the "
+    "command again."
+)
 
 
 def _version(asked: bool) -> None:
@@ -96,12 +101,10 @@ def main() -> None:
         verb = sys.argv[1] if sys.argv[1:] else ""
         _fail(STOPPED.get(verb, "stopped; nothing half-written is left."))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno is None:  # none of the system's
             raise
-        _fail(
-            f"{error.strerror}: what was to be written, or the lines on standard output, found no "
-            "room. Make some and run the command again."
-        )
+        full = error.errno == errno.ENOSPC and not error.filename
+        _fail(f"{error.strerror}: {FULL}" if full else reason(error))
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise

@@ -9,12 +9,13 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..bank.bank import Bank
+from ..bank.bank import Bank, Card
 from ..bank.folder import UNFINISHED
 from ..core.activations import Covariances, activation_covariances
 from ..core.adapters.shared import Share
@@ -39,6 +40,7 @@ from .training import load_as_trained
 KEEPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)  # budgets of the picture
 COPIED = "copied: "
 BASIS_TUNED, TUNED_EPOCHS = "basis_tuned", "tuned_epochs"  # in a domain's provenance
+TUNING_EPOCHS = 8
 N_SEEN = 128  # images of a domain, without their labels, that activations are taken from
 
 
@@ -57,9 +59,14 @@ class Request:
     images: Mapping[str, str] = field(default_factory=dict)  # domain -> folder without labels
     tune: frozenset[str] = frozenset()  # those of `data` that are tuned
     tune_basis: bool = False
-    epochs: int = 8
+    epochs: int = TUNING_EPOCHS
     picture: bool = True
     resume: bool = False
+
+    @cached_property
+    def cards(self) -> Mapping[str, Card]:
+        """The domains as they were when first asked for, whatever others do to the bank."""
+        return self.bank.domains
 
     @property
     def file(self) -> Path:
@@ -87,13 +94,12 @@ def run(request: Request, screen: Screen) -> None:
     """
     _refuse_contradictions(request)
     with alone(request.out):
-        models, figures = _chosen(request.bank)
+        models, figures = _chosen(request)
         _refuse_unknown(request, models)
         if request.picture and request.data:
             check_drawable(request.file, "the picture", " (else say --no-picture)")
-        cards = request.bank.domains
         parts = {
-            name: _parts(models[name], load_as_trained(source, cards[name]), source, screen)
+            name: _parts(models[name], load_as_trained(source, request.cards[name]), source, screen)
             for name, source in request.data.items()
         }
         unlabelled = {name: _unlabelled(folder) for name, folder in request.images.items()}
@@ -139,7 +145,7 @@ def _make(
         summary.basis_tuned, found = tuned.basis != found.basis, tuned
     with beside(request.out, asked, summary.to_json() if request.tune else None) as folder:
         new = Bank.create(folder, request.bank.backbone, by_reference=request.bank.by_reference)
-        for name in request.bank.domains:
+        for name in request.cards:
             _add(new, name, found.models.get(name), parts, summary, request)
     return summary
 
@@ -153,7 +159,7 @@ def _tell(
 ) -> None:
     new = Bank.open(request.out, request.bank.backbone)
     for name, known in summary.domains.items():
-        known.bytes_before = request.bank.domains[name].size
+        known.bytes_before = request.cards[name].size
         known.bytes_after = new.domains[name].size
     show(
         summary, request.bank.basis_bytes, new.basis_bytes, screen, asked=request.keep,
@@ -194,7 +200,7 @@ def _asked(
         **{f"--{word.replace('_', '-')}": getattr(request, word) for word in words},
         **{f"--tune {name}": True for name in request.tune},
         **{f"images of {name}": prints for name, prints in images.items()},
-        **{f"domain {name}": card.digest[:16] for name, card in request.bank.domains.items()},
+        **{f"domain {name}": card.digest[:16] for name, card in request.cards.items()},
     }
 
 
@@ -253,11 +259,11 @@ def _refuse_contradictions(request: Request) -> None:
         )
 
 
-def _chosen(bank: Bank) -> tuple[dict[str, nn.Module], dict[str, Figures]]:
+def _chosen(request: Request) -> tuple[dict[str, nn.Module], dict[str, Figures]]:
     """The domains to compress, and a line for every one, which says why it is left out."""
-    loaded = {name: bank.load(name) for name in bank.domains}
+    loaded = {name: request.bank.load(name) for name in request.cards}
     if not loaded:
-        raise CompressError(f"bank {bank.path} has no domains. Train some first.")
+        raise CompressError(f"bank {request.bank.path} has no domains. Train some first.")
     sites = {name: tuple(sorted(factorable(m).items())) for name, m in loaded.items()}
     counts = Counter(found for found in sites.values() if found)
     if not counts:
@@ -507,7 +513,7 @@ def _add(
     request: Request,
 ) -> None:
     """Stores a domain as it is now, or as it was where there is no network."""
-    old, known = request.bank.domains[name], summary.domains[name]
+    old, known = request.cards[name], summary.domains[name]
     if model is None:
         model = request.bank.load(name)
         new.add(name, model, metrics=old.metrics, provenance=old.provenance)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from ..training.fit import Step
@@ -28,6 +30,8 @@ UNTRAINED = (
     "or make one with onetrunk pretrain."
 )
 
+WIDEST = 1000  # columns of a table where no terminal says how wide it is
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SECONDS_A_LINE = 30.0  # of progress in a log
 
 
@@ -45,17 +49,18 @@ class Screen:
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
-        self.out = Console(soft_wrap=True, highlight=False, quiet=quiet)
-        self.err = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
+        width = None if sys.stdout.isatty() else WIDEST  # a pipe gets names whole
+        self.out = Console(soft_wrap=True, highlight=False, emoji=False, quiet=quiet, width=width)
+        self.err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False, quiet=quiet)
 
     def say(self, text: str = "") -> None:
         """One line for a person."""
         if not self.as_json:
-            self.out.print(text, markup=False)
+            self.out.print(shown(text), markup=False)
 
     def warn(self, text: str) -> None:
         """One line on standard error, whatever the output is."""
-        self.err.print(f"note: {text}", markup=False, style="yellow")
+        self.err.print(shown(f"note: {text}"), markup=False, style="yellow")
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """A table; figures are right-aligned."""
@@ -66,7 +71,7 @@ class Screen:
             numeric = all(_numeric(row[place]) for row in rows)
             table.add_column(name, justify="right" if numeric and rows else "left")
         for row in rows:
-            table.add_row(*(_plain(cell) for cell in row))
+            table.add_row(*(Text(shown(cell)) for cell in row))
         self.out.print(table)
 
     def finish(self, value: Any) -> None:
@@ -167,8 +172,9 @@ def _numeric(cell: str) -> bool:
     return cell[:1].isdigit() or cell[:1] in "-+" or cell == ""
 
 
-def _plain(cell: str) -> str:
-    return cell.replace("[", "\\[")
+def shown(text: str) -> str:
+    """`text` without the characters that command a terminal: a name may come from anywhere."""
+    return _COMMANDS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _finite(value: Any) -> Any:

@@ -1,17 +1,19 @@
 """export: argv -> domains, images for the check, one file."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ..bank.bank import Bank
 from ..core.domain import domain_of
-from ..data import Prepared, load
+from ..data import load
 from ..errors import ExportError, MissingExtraError
 from ..export import Exported, export, export_together
 from ..export.base import N_CHECKED
 from .console import Screen, size
+from .reading import read
 
 PHOTOS = "builtin:photos"
 
@@ -23,6 +25,7 @@ def run(
     out: Path | None,
     file_format: str | None,
     source: str | None,
+    replace: bool,
     screen: Screen,
 ) -> None:
     """Writes the file and says what it is.
@@ -31,13 +34,17 @@ def run(
         ExportError: where it is not said what to export, or several domains as no ONNX.
         OnetrunkError: of the room that refuses; there is no file then.
     """
-    names = list(bank.domains) if every else domains
-    if not names or (every and domains):
+    if every == bool(domains):
         raise ExportError("name the domains to export, or give --all for every domain of the bank.")
+    names = list(bank.domains) if every else list(dict.fromkeys(domains))
+    if not names:
+        raise ExportError(f"bank {bank.path} has no domains. Train some first.")
     models = {name: bank.load(name) for name in names}
     together = every or len(names) > 1
     stem = bank.path.resolve().stem if together else names[0]
     out = out or Path(f"{stem}.{file_format or 'safetensors'}")
+    if not replace and os.path.lexists(out):
+        raise ExportError(f"{out} is there already. Say --replace to write over it, or give --out.")
     if together and (file_format or out.suffix.removeprefix(".")) != "onnx":
         raise ExportError(
             f"{len(names)} domains in one file are ONNX only: give --format onnx or --out "
@@ -45,7 +52,7 @@ def run(
         )
     model = models[names[0]]
     source = source or _photographs(model)
-    images = None if source is None else _images(source, model)
+    images = None if source is None else _images(source, model, screen)
     screen.say(f"checking on {'noise' if images is None else f'{len(images)} images of {source}'}")
     if together:
         report = export_together(models, out, images)
@@ -66,7 +73,7 @@ def _photographs(model: nn.Module) -> str | None:
     return PHOTOS
 
 
-def _images(source: str, model: nn.Module) -> Tensor:
+def _images(source: str, model: nn.Module, screen: Screen) -> Tensor:
     """Some of a source's images, as the domain sees them."""
     splits, seen = load(source), domain_of(model).preprocessing
     if seen is None:
@@ -75,7 +82,8 @@ def _images(source: str, model: nn.Module) -> Tensor:
             "that are square. Leave --data out."
         )
     part = splits.test or splits.val or splits.train
-    return Prepared(part, seen).few_views(N_CHECKED)
+    few = part.subset(range(0, len(part), -(-len(part) // N_CHECKED)))
+    return read(few, seen, "checked", screen).few_views(N_CHECKED)
 
 
 def _say(report: Exported, screen: Screen) -> None:

@@ -33,6 +33,8 @@ def alone(out: Path) -> AbstractContextManager[None]:
     Raises:
         BankError: where there is another, or the file system refuses.
     """
+    if not out.parent.is_dir():
+        raise BankError(f"cannot write beside {out}: there is no folder {out.parent}.")
     busy = BankError(f"{out} is being made by another process. Wait for it, or give another --out.")
     lock = out.with_name(f"{out.name}.unfinished.lock")  # the longest name that is needed
     return one_at_a_time(lock, busy, BankError, f"cannot write beside {out}")

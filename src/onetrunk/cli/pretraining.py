@@ -16,7 +16,7 @@ from ..core.adapters import Family
 from ..core.domain import domain_of
 from ..data import Prepared, Preprocessing, load
 from ..errors import TrainingError
-from ..files import check_writable, reason
+from ..files import check_place, reason
 from ..training.checkpoint import forgotten_if_diverged
 from ..training.distributed import World, join
 from ..training.evaluate import evaluate
@@ -25,7 +25,7 @@ from ..training.pretrain import pretraining, write_trunk
 from ..training.recipe import Recipe
 from ..training.size import sensible_size
 from .console import Screen, counted, followed, percent, size
-from .reading import read, say_how_it_was_read
+from .reading import name_of, read, say_how_it_was_read
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def pretrain(request: Request, screen: Screen) -> None:
     Raises:
         OnetrunkError: of the room that refuses; `out` is then as it was.
     """
-    checkpoint = request.out.with_name(f"{request.out.name}.unfinished")
+    checkpoint = request.out.parent / f"{request.out.name}.unfinished"
     with join(request.device) as world:
         if not world.leads:
             _pretrain(request, checkpoint, Screen(quiet=True), world)
@@ -79,7 +79,7 @@ def _check_place(request: Request) -> None:
     if request.merge and request.adapter is None:
         raise TrainingError("--merge folds adapters in, and there are none: give --adapter too.")
     try:
-        check_writable(request.out.parent)
+        check_place(request.out)
     except OSError as error:
         raise TrainingError(f"cannot write {request.out}: {reason(error)}") from error
 
@@ -124,7 +124,7 @@ def _pretrain(request: Request, checkpoint: Path, screen: Screen, world: World) 
     }
     card = {
         **accuracies,
-        "data": request.data if ":" in request.data else Path(request.data).name,
+        "data": name_of(request.data),
         "classes": list(splits.classes),
         "train_images": len(data["train"]),
         "preprocessing": preprocessing.to_json(),

@@ -6,6 +6,7 @@ bit; at the end every domain is merged and compared, and the bank is verified.
 """
 
 import dataclasses
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ..backbones import backbone as build_backbone
 from ..backbones import fingerprint
 from ..bank.bank import Bank, is_bank
 from ..bank.folder import BLOBS, LOCK, MANIFEST, UNFINISHED
+from ..bank.lock import one_at_a_time
 from ..core.merge import difference, merge
 from ..core.tree import copy_tree
 from ..data import Prepared, load
@@ -31,7 +33,6 @@ from .training import Request, Trained, train_domain
 
 BACKBONE = "timm:tf_efficientnet_lite0"
 SIZE_PX = 64
-PICTURE = "quickstart.png"
 MADE_BY = "made_by"  # in a domain's provenance
 N_WATCHED = 16  # images a domain whose logits are compared
 
@@ -68,6 +69,29 @@ def run(out: Path, screen: Screen, epochs: int | None = None) -> None:
     Raises:
         BankError: where `out` exists and is no bank of an earlier quickstart, or a proof fails.
     """
+    picture = _picture(out)
+    busy = BankError(
+        f"{out} is being made by another quickstart. Wait for it, or give another --out."
+    )
+    lock = out.with_name(f"{out.name}.lock")
+    with one_at_a_time(lock, busy, BankError, f"cannot write beside {out}"):
+        _run(out, picture, screen, epochs)
+
+
+def _picture(out: Path) -> Path:
+    """Where the picture goes: beside the bank, over that of an earlier quickstart only."""
+    if not out.name:
+        raise BankError(f"{out} has no name that a bank could get. Give one: --out demo.bank")
+    picture = out.with_name(f"{out.name}.png")
+    if os.path.lexists(picture) and not is_bank(out):
+        raise BankError(
+            f"{picture} is there already, where the picture would go. Move it, or give another "
+            "folder: onetrunk quickstart --out FOLDER"
+        )
+    return picture
+
+
+def _run(out: Path, picture: Path, screen: Screen, epochs: int | None) -> None:
     started = time.monotonic()
     backbone = build_backbone(BACKBONE)
     _clear(out, fingerprint(backbone))
@@ -87,15 +111,15 @@ def run(out: Path, screen: Screen, epochs: int | None = None) -> None:
     if not verified.ok:
         raise BankError(f"bank {out} is damaged: {verified.problems[0]}")
     screen.say(f"verified    every byte and all {verified.n_domains} domains of {out}")
-    draw_domains(bank, results, out.with_name(PICTURE))
-    screen.say(f"picture     {out.with_name(PICTURE)}")
+    draw_domains(bank, results, picture)
+    screen.say(f"picture     {picture}")
     seconds = time.monotonic() - started
     screen.say(f"\n{seconds:.0f} s. Next: onetrunk show {out} digits")
     screen.say(f"      or: onetrunk train {out} mine --data FOLDER_OF_CLASS_FOLDERS")
     screen.finish(
         {
             "bank": str(out),
-            "picture": str(out.with_name(PICTURE)),
+            "picture": str(picture),
             "domains": {name: result.to_json() for name, result in results.items()},
             "others_bit_identical": True,
             "merged_difference": worst,

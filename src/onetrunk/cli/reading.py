@@ -1,7 +1,16 @@
 """Images prepared for a network, on a bar; what is left out is counted and the first one named."""
 
+from pathlib import Path
+
 from ..data import Images, Prepared, Preprocessing, Splits
 from .console import Screen
+
+
+def name_of(source: str) -> str:
+    """What a source is called in a domain's provenance: a folder by its own name."""
+    if ":" in source:
+        return source
+    return Path(source).expanduser().resolve().name.encode(errors="replace").decode()
 
 
 def read(

@@ -33,7 +33,7 @@ from ..training.recipe import Recipe
 from ..training.recomputed import recomputed
 from ..training.size import sensible_size
 from .console import Screen, followed, percent, size
-from .reading import read, say_how_it_was_read
+from .reading import name_of, read, say_how_it_was_read
 
 CUT = "split"  # in a domain's provenance: the shares of train, val and test
 
@@ -343,7 +343,7 @@ def _store(bank: Bank, request: Request, trained: Trained) -> None:
         "linear_probe_accuracy": trained.probe_accuracy,
     }
     provenance = {
-        "data": _named(request.source),
+        "data": name_of(request.source),
         "recipe": str(request.recipe),
         "train_images": trained.n_images,
         **request.provenance,
@@ -356,13 +356,9 @@ def _store(bank: Bank, request: Request, trained: Trained) -> None:
     _checkpoint(bank, request).unlink(missing_ok=True)
 
 
-def _named(source: str) -> str:
-    return source if ":" in source else Path(source).name
-
-
 def load_as_trained(source: str, card: Card) -> Splits:
-    """A domain's source, cut as it was for its training where it has no splits of its own."""
-    cut = _cut_of(card) if card.provenance.get("data") == _named(source) else None
+    """A source, cut as the domain's was for its training where it has no splits of its own."""
+    cut = _cut_of(card)
     return load(source) if cut is None else load(source, split_fractions=cut)
 
 

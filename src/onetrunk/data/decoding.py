@@ -1,8 +1,8 @@
 """decode: bytes, a file, a PIL image or an array -> an upright 8-bit RGB or grey image.
 
 Formats: JPEG PNG WEBP BMP GIF TIFF, the first frame. The size is checked in the header, before a
-pixel is decoded. Transparency is composited over white, EXIF orientation applied, CMYK and YCCK
-become RGB, 16-bit values are scaled to 8. No setting of Pillow is changed.
+pixel is decoded. Transparency is composited over white (but for that of 16-bit values, which are
+scaled to 8), EXIF orientation applied, CMYK and YCCK become RGB. No setting of Pillow is changed.
 """
 
 from __future__ import annotations

@@ -113,7 +113,10 @@ class Images(Dataset[tuple[Image.Image, int]]):
         for row in self._rows:
             source = self._sources[row]
             if isinstance(source, str | os.PathLike):
-                content = Path(source).read_bytes()
+                try:
+                    content = Path(source).read_bytes()
+                except OSError as error:  # a broken image, which is told of where it is decoded
+                    content = f"cannot be read: {error.strerror}".encode()
             elif isinstance(source, bytes):
                 content = source
             else:

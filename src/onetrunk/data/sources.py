@@ -9,6 +9,7 @@ builtin:textures          real images that come with the quickstart's dependenci
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -65,9 +66,22 @@ def load(
     kind, colon, rest = written.partition(":")
     if colon and kind in KINDS:
         return KINDS[kind](rest, options)
-    path = Path(written).expanduser()
+    path = _expanded(written)
     _check_folder(written, path)
-    return load_parquet(path) if has_parquet(path) else load_folder(path, options)
+    found = load_parquet(path) if has_parquet(path) else load_folder(path, options)
+    if found.val or found.test or found.cut:
+        return found
+    alone = f"{found.name} has a train split alone: it is not cut, and there are no test images."
+    return dataclasses.replace(found, note=f"{found.note} {alone}".strip())
+
+
+def _expanded(written: str) -> Path:
+    """The path with its ~ as a home; as it is where there is no such user."""
+    path = Path(written)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def _check_folder(written: str, path: Path) -> None:
@@ -94,7 +108,7 @@ def _meant(written: str) -> str:
     close = difflib.get_close_matches(kind.lower(), KINDS, n=1)
     if colon and close:
         return f" Did you mean {close[0]}:{rest}?"
-    siblings = _names_beside(Path(written).expanduser())
+    siblings = _names_beside(_expanded(written))
     if close := difflib.get_close_matches(Path(written).name, siblings, n=1):
         return f" Did you mean {str(Path(written).parent / close[0])!r}?"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", written):

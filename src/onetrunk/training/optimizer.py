@@ -50,7 +50,7 @@ def held_norms(model: nn.Module, recipe: Recipe, n_images: int) -> list[nn.Modul
     fresh = {id(norm) for adapter in adapters for norm in _batch_norms(adapter)}
     norms = [norm for norm in _batch_norms(model) if id(norm) not in fresh]
     frozen = {id(n) for m in model.modules() if isinstance(m, Frozen) for n in _batch_norms(m)}
-    if all(id(norm) in frozen for norm in norms):  # of `Head()`, or with norms="none"
+    if domain_of(model).held and all(id(norm) in frozen for norm in norms):  # norms="none"
         return norms
     if recipe.norm_statistics == "batch":
         return []

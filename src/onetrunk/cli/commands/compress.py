@@ -58,7 +58,7 @@ def compress(
             help="Images without labels, to weigh errors by what they activate. Again for more.",
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Of the tuning.")] = 8,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of the tuning; by default 8.")] = None,
     picture: Annotated[
         bool, typer.Option("--picture/--no-picture", help="Draw accuracy against size.")
     ] = True,
@@ -69,8 +69,10 @@ def compress(
 
     Example: onetrunk compress garden.bank --keep 0.5 --tune flowers=photos/flowers --out half.bank
     """
-    from ..compressing import Request, read_pairs, run
+    from ..compressing import TUNING_EPOCHS, Request, read_pairs, run
 
+    if epochs is not None and not tune:
+        raise typer.BadParameter("it is for --tune DOMAIN=SOURCE", param_hint="--epochs")
     tuned, measured = read_pairs(tune or [], "--tune"), read_pairs(data or [], "--data")
     request = Request(
         bank=open_bank(bank),
@@ -84,7 +86,7 @@ def compress(
         images=read_pairs(images or [], "--images"),
         tune=frozenset(tuned),
         tune_basis=tune_basis,
-        epochs=epochs,
+        epochs=epochs or TUNING_EPOCHS,
         picture=picture,
         resume=resume,
     )

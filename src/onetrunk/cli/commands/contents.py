@@ -18,7 +18,7 @@ def list_domains(bank: BankPath, as_json: AsJson = False) -> None:
     """
     screen = Screen(as_json)
     opened = open_bank(bank)
-    cards = [opened.domains[name] for name in opened.domains]
+    cards = list(opened.domains.values())
     screen.say(f"{bank}: {opened.backbone_form}, {counted(len(cards), 'domain')}")
     rows = [
         (c.name, str(len(c.classes)), c.family, size(c.size), _accuracy(c.metrics)) for c in cards
@@ -48,8 +48,8 @@ def show(bank: BankPath, domain: Domain, as_json: AsJson = False) -> None:
 
     screen = Screen(as_json)
     opened = open_bank(bank)
-    model = opened.load(domain)
-    card, record, costs = opened.domains[domain], domain_of(model), cost(model)
+    cards, model = opened.domains, opened.load(domain)
+    card, record, costs = cards[domain], domain_of(model), cost(model)
     screen.say(f"{domain} in {bank}, on {opened.backbone_form}")
     screen.say(f"  family         {card.family} at {len(record.plan)} sites")
     screen.say(f"  classes        {len(card.classes)}: {', '.join(card.classes)}")

@@ -28,8 +28,8 @@ def evaluate(
         raise typer.BadParameter(f"{split!r} is none of train, val, test", param_hint="--split")
     screen = Screen(as_json)
     opened = open_bank(bank)
-    model = opened.load(domain)
-    splits = load_as_trained(data, opened.domains[domain])
+    cards, model = opened.domains, opened.load(domain)
+    splits = load_as_trained(data, cards[domain])
     images = split_of(splits, split, data)
     with screen.bar("evaluating") as show:
         result = figures_of(model, images, device=device_of(device), progress=show)

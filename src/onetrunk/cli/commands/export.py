@@ -28,6 +28,7 @@ def export(
         str | None,
         typer.Option(metavar="SOURCE", help="Images for the check; by default photos."),
     ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Over a file of that name.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """The merged network as one file that needs no onetrunk, with class names and preprocessing.
@@ -41,4 +42,6 @@ def export(
     """
     from .. import exporting
 
-    exporting.run(open_bank(bank), domain or [], every, out, file_format, data, Screen(as_json))
+    exporting.run(
+        open_bank(bank), domain or [], every, out, file_format, data, replace, Screen(as_json)
+    )

@@ -53,7 +53,7 @@ def remove(
     if domain in opened.domains and not yes:
         if not sys.stdin.isatty():
             raise typer.BadParameter("removing cannot be undone: say --yes", param_hint="--yes")
-        typer.confirm(f"Remove {domain!r} from {bank} for good?", abort=True)
+        typer.confirm(f"Remove {domain!r} from {bank} for good?", abort=True, err=True)
     opened.remove(domain)
     screen.say(f"{bank}: {domain} removed, {counted(len(opened.domains), 'domain')} left")
     screen.finish({"removed": domain, "domains": list(opened.domains)})
