@@ -41,8 +41,8 @@ def predict(
     broken = [prediction for prediction in found if prediction.problem]
     if len(broken) == len(found):
         raise BankError(
-            f"none of the {len(found)} images can be read; the first: {found[0].problem}"
+            f"none of the {len(found)} images has an answer; the first: {found[0].problem}"
         )
     if broken:
         first = f"{broken[0].name}: {broken[0].problem}"
-        screen.warn(f"{len(broken)} of {len(found)} images could not be read; the first: {first}")
+        screen.warn(f"{len(broken)} of {len(found)} images have no answer; the first: {first}")
