@@ -55,10 +55,10 @@ def test_images_that_cannot_be_read_are_counted_where_they_are_few_and_an_error_
     good, bad = sorted((photos / "down").iterdir())[0], tmp_path / "bad.png"
     bad.write_text("no image")
     some = run("predict", bank, "stripes", good, bad)
-    assert some.status == 0 and "1 of 2 images could not be read; the first: " in some.err
+    assert some.status == 0 and "1 of 2 images have no answer; the first: " in some.err
     assert "bad.png" in some.err and len(some.out.splitlines()) == 2
     none = run("predict", bank, "stripes", bad, bad)
-    assert none.status == 1 and "none of the 2 images can be read; the first: " in none.err
+    assert none.status == 1 and "none of the 2 images has an answer; the first: " in none.err
 
 
 def test_a_folder_is_cut_for_evaluation_as_it_was_for_training(run, bank, photos):
