@@ -499,8 +499,9 @@ class Bank:
             return home
         with self._lock:
             if place not in self._copies:
+                assert self._home is not None  # it was asked for above
                 moved = copy_tree(home).to(place)
-                self._copies[place] = Checked.of(moved, self.backbone_fingerprint)
+                self._copies[place] = Checked.of(moved, self._home.fingerprint)
             self._recheck(self._copies[place])
             return self._copies[place].module
 
