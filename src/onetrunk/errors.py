@@ -65,3 +65,8 @@ def told(error: Exception) -> str:
     """The error in one line, with its type where it is none of ours."""
     text = str(error).rstrip(".")
     return text if isinstance(error, OnetrunkError) else f"{type(error).__name__}: {text}"[:300]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what somebody else's error says; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

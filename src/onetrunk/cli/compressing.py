@@ -31,11 +31,11 @@ from ..training.examples import preprocessing_of
 from ..training.fit import fit
 from ..training.jointly import tune_basis
 from ..training.recipe import Recipe
-from .compressed import Figures, Summary, show
 from .console import Screen, followed, percent
-from .newbank import alone, beside, finish, stopped, unfinished_path
 from .reading import read
+from .summary import Figures, Summary, show
 from .training import load_as_trained
+from .unfinished import alone, beside, finish, stopped, unfinished_path
 
 KEEPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)  # budgets of the picture
 COPIED = "copied: "

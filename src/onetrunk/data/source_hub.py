@@ -12,7 +12,7 @@ from onetrunk.data.decoding import BrokenImageError
 from onetrunk.data.images import Images
 from onetrunk.data.options import Options
 from onetrunk.data.splits import Splits, split_single
-from onetrunk.errors import DataError, MissingExtraError
+from onetrunk.errors import DataError, MissingExtraError, first_line
 
 _SPLIT_VALUES = {
     "train": ("train",),
@@ -65,8 +65,9 @@ def load_hub(written: str, options: Options) -> Splits:
             found = datasets.load_dataset(name, config, cache_dir=cache)
     except Exception as error:  # a dozen kinds: no network, no such dataset, config needed, ...
         raise DataError(
-            f"source 'hf:{written}' could not be loaded ({type(error).__name__}: {_line(error)}). "
-            "Check the name (owner/name, or owner/name:config) and the network."
+            f"source 'hf:{written}' could not be loaded ({type(error).__name__}: "
+            f"{first_line(error)}). Check the name (owner/name, or owner/name:config) and the "
+            "network."
         ) from error
     wanted = {
         part: found[value]
@@ -188,7 +189,3 @@ def _column(dataset: Any, kind: type, usual: tuple[str, ...], name: str) -> str:
             f"{kind.__name__}, or one called {usual[0]!r}."
         )
     return candidates[0]
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -19,7 +19,7 @@ from typing import Any
 
 from onetrunk.data.images import Images
 from onetrunk.data.splits import Splits
-from onetrunk.errors import DataError, MissingExtraError
+from onetrunk.errors import DataError, MissingExtraError, first_line
 
 _FILE_NAMES = {
     "train": ("train",),
@@ -171,7 +171,7 @@ def _read(path: Path) -> _Table:
         images, labels = table[image_column].to_pylist(), table[label_column].to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"file {str(path)!r} is not a readable Parquet file: {_first_line(error)}."
+            f"file {str(path)!r} is not a readable Parquet file: {first_line(error)}."
         ) from error
     pairs = [_bytes_and_name(image, row, path) for row, image in enumerate(images)]
     return _Table(
@@ -278,7 +278,3 @@ def _images(table: _Table, classes: tuple[str, ...], where: str) -> Images:
     if not labels:
         raise DataError(f"{where} has no rows.")
     return Images.from_encoded(table.encoded, labels, classes, table.names)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -18,7 +18,7 @@ from onetrunk.data.decoding import BrokenImageError
 from onetrunk.data.images import Images
 from onetrunk.data.options import Options
 from onetrunk.data.splits import Splits, split_single
-from onetrunk.errors import DataError
+from onetrunk.errors import DataError, first_line
 
 # datasets whose labels are known to survive a mirror, or not to; the others are left open
 _HFLIP = {
@@ -45,7 +45,7 @@ class _Pictures(Sequence[Image.Image]):
         try:
             return self._dataset[index][0]
         except OSError as error:  # a file that Pillow or torchvision cannot read
-            raise BrokenImageError(f"{self._name}[{index}]", _line(error)) from error
+            raise BrokenImageError(f"{self._name}[{index}]", first_line(error)) from error
 
 
 def load_torchvision(name: str, options: Options) -> Splits:
@@ -125,7 +125,7 @@ def _present_or_downloaded(dataset_class: Any, arguments: dict[str, Any]) -> Any
         if "download" not in inspect.signature(dataset_class).parameters:
             raise DataError(
                 f"torchvision cannot download {name}: place it in {arguments['root']!r} as its "
-                f"documentation says ({_line(error)})."
+                f"documentation says ({first_line(error)})."
             ) from error
         try:
             # torchvision prints while it downloads; the streams belong to the caller
@@ -134,10 +134,12 @@ def _present_or_downloaded(dataset_class: Any, arguments: dict[str, Any]) -> Any
         except (OSError, RuntimeError) as failure:  # URLError is an OSError
             raise DataError(
                 f"torchvision:{name} is not in {arguments.get('root')!r} and could not be "
-                f"downloaded ({_line(failure)}). Check the network, or place the files there."
+                f"downloaded ({first_line(failure)}). Check the network, or place the files there."
             ) from failure
         except ImportError as failure:
-            raise DataError(f"torchvision:{name} needs a package: {_line(failure)}.") from failure
+            raise DataError(
+                f"torchvision:{name} needs a package: {first_line(failure)}."
+            ) from failure
 
 
 def _images(dataset: Any, name: str) -> Images:
@@ -145,7 +147,7 @@ def _images(dataset: Any, name: str) -> Images:
         labels = _labels(dataset)
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"torchvision:{name} does not give one integer label an image ({_line(error)}): "
+            f"torchvision:{name} does not give one integer label an image ({first_line(error)}): "
             "it is no classification dataset."
         ) from error
     names = [f"{name}[{index}]" for index in range(len(dataset))]
@@ -168,7 +170,3 @@ def _classes(dataset: Any, labels: list[int]) -> list[str]:
     if names is not None and len(set(names)) == len(names) > max(labels):
         return [str(name) for name in names]
     return [str(label) for label in range(max(labels) + 1)]
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

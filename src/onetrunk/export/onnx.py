@@ -32,7 +32,7 @@ from .base import (
     seen,
     two_of,
 )
-from .program import first_line, quietly, traced
+from .program import first_cause, quietly, traced
 
 OPSET = 18
 LIMIT_BYTES = 2_000_000_000  # of one protobuf file
@@ -83,7 +83,7 @@ def writer(
             onnx.checker.check_model(proto)
         except Exception as error:  # whatever the exporter raises is only reported
             raise ExportError(
-                f"{type(network).__name__} cannot be translated into ONNX ({first_line(error)}). "
+                f"{type(network).__name__} cannot be translated into ONNX ({first_cause(error)}). "
                 "Export it with --format pt2 or safetensors."
             ) from error
         path.write_bytes(proto.SerializeToString())

@@ -29,7 +29,7 @@ def traced(network: nn.Module, examples: tuple[Tensor, ...]) -> ExportedProgram:
     except Exception as error:  # whatever the network's own code raises is only reported
         raise ExportError(
             f"{type(network).__name__} cannot be made into one graph for any number of images "
-            f"({first_line(error)}). Export its weights: --format safetensors."
+            f"({first_cause(error)}). Export its weights: --format safetensors."
         ) from error
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
@@ -50,7 +50,7 @@ def quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-def first_line(error: BaseException) -> str:
+def first_cause(error: BaseException) -> str:
     """What an exporter's complaint comes down to: the first line of its first cause."""
     while error.__cause__ is not None:
         error = error.__cause__
