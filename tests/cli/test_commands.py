@@ -493,11 +493,12 @@ def test_an_export_of_nothing_says_what_there_is(run, tmp_path):
 
 
 def test_an_export_looks_at_a_few_images_only(run, bank, photos, tmp_path, monkeypatch):
-    looked = []
-    monkeypatch.setattr("onetrunk.cli.exporting.read", lambda few, *rest: looked.append(len(few)))
-    with pytest.raises(AttributeError):  # of None, in the place of the images
-        run("export", bank, "stripes", "--data", photos, "--out", tmp_path / "x.safetensors")
-    assert looked[0] <= N_CHECKED
+    def looked(few, *_rest):
+        raise DataError(f"{len(few)} images")
+
+    monkeypatch.setattr("onetrunk.cli.exporting.read", looked)
+    ran = run("export", bank, "stripes", "--data", photos, "--out", tmp_path / "x.safetensors")
+    assert int(ran.err.split()[1]) <= N_CHECKED
 
 
 def test_a_source_is_cut_as_it_was_whatever_it_is_called(run, bank, photos, tmp_path, monkeypatch):

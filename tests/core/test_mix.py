@@ -393,3 +393,55 @@ def test_a_mixture_is_not_saved(tmp_path) -> None:
     mixed = ot.mix({"a": ot.attach(net, classes=["no", "yes"], input_size=(3, 16, 16))})
     with pytest.raises(MixError, match="a mixture is not saved: keep its domains in a bank"):
         torch.save(mixed, tmp_path / "mixed.pt")
+
+
+class Bound(nn.Module):
+    """A block whose forward is chosen when it is made, as timm's FasterNet has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.forward = self.chosen
+
+    def chosen(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).relu()
+
+
+def moved(net: nn.Module, names: str) -> dict[str, nn.Module]:
+    """Domains whose norms and adapters are far from the backbone's."""
+    models = {}
+    for k, name in enumerate(names):
+        models[name] = attach(net, ot.Parallel(), ["no", "yes"], input_size=(3, 8, 8), seed=k)
+        with torch.no_grad():
+            for tensor in delta(models[name]).values():
+                if tensor.is_floating_point():
+                    tensor.add_(torch.rand_like(tensor))
+    return models
+
+
+def test_a_forward_that_is_bound_when_it_is_made_mixes() -> None:
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    models = moved(nn.Sequential(Bound(), *pooled).double(), "ab")
+    ot.mix(models, check=torch.rand(2, 3, 8, 8))
+
+
+def test_a_norm_that_the_forward_passes_by_is_refused() -> None:
+    class Listed(Bound):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = [self.norm]
+
+        def chosen(self, x: Tensor) -> Tensor:
+            return self.steps[0](self.conv(x))
+
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    with pytest.raises(MixError, match=r"calls 0.norm past its place.*rows cannot differ there"):
+        ot.mix(moved(nn.Sequential(Listed(), *pooled), "ab"))
+
+
+def test_a_mixture_has_its_shapes_on_meta() -> None:
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    mixed = ot.mix(moved(nn.Sequential(Bound(), *pooled), "ab")).to("meta")
+    images_bchw = torch.empty(2, 3, 8, 8, device="meta")
+    index_b = torch.zeros(2, dtype=torch.long, device="meta")
+    assert mixed._scores(images_bchw, index_b).shape == (2, 2)

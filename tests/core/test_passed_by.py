@@ -1,11 +1,13 @@
 """attach refuses a forward that passes by what is attached; its dry runs write nothing."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import onetrunk as ot
 from onetrunk.backbones import fingerprint
+from onetrunk.core.tree import is_norm
 from onetrunk.errors import AttachError, BackboneError
 
 CLASSES = ["daisy", "rose"]
@@ -138,8 +140,9 @@ def test_an_odd_input_size_is_refused(size: object) -> None:
 
 
 def test_an_input_size_may_be_a_list() -> None:
-    models = {n: ot.attach(Net(), classes=CLASSES, input_size=[3, 8, 8]) for n in "a"}
-    assert ot.mix(models).domains == ("a",)
+    for size in ([3, 8, 8], (3, np.int64(8), 8)):
+        model = ot.attach(Net(), classes=CLASSES, input_size=size)
+        assert model.domain.input_size == (3, 8, 8) and ot.mix({"a": model}).domains == ("a",)
 
 
 def test_a_head_is_named_by_a_text() -> None:
@@ -190,3 +193,17 @@ def test_modules_under_two_names_cost_and_compress() -> None:
     x = torch.rand(2, 3, 8, 8)
     for name, model in models.items():
         assert torch.allclose(whole[name].eval()(x), model.eval()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Normalize", "Normalise", "NormalizeInput", "InputNormalizer"])
+def test_what_standardises_the_input_is_no_norm(name: str) -> None:
+    held = type(name, (nn.Module,), {})()
+    held.std = nn.Parameter(torch.ones(3))
+    assert not is_norm(held)
+
+
+@pytest.mark.parametrize("name", ["L2Normalize", "LayerNormalization", "NormAct", "EvoNorm2dS0"])
+def test_what_is_called_a_norm_is_one(name: str) -> None:
+    norm = type(name, (nn.Module,), {})()
+    norm.weight = nn.Parameter(torch.ones(3))
+    assert is_norm(norm)

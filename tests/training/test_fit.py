@@ -714,3 +714,18 @@ def test_broken_validation_data_is_an_error_before_the_first_step(
 def test_the_text_of_a_recipe_is_told_to_be_read(make_model):
     with pytest.raises(TrainingError, match=r"'paper' is no recipe: give a Recipe, or read_recipe"):
         next(ot.fit(make_model(), [], "paper"))
+
+
+def test_a_full_disk_at_the_end_costs_no_epoch(
+    make_model: Make, make_tensors: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: object) -> None:
+        raise TrainingError("no space left")
+
+    model, data, options = make_model(), make_tensors(24), {"checkpoint_every_s": 1e9}
+    best = make_model()
+    train(best, data, val=data)
+    monkeypatch.setattr("onetrunk.training.fit.Keeper.save", full)
+    with pytest.raises(TrainingError, match="no space left"):
+        train(model, data, val=data, checkpoint=tmp_path / "run", **options)
+    assert fingerprint(model) == fingerprint(best)

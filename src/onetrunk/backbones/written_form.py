@@ -308,11 +308,19 @@ def _stored_in_chans(config: Mapping[str, Any]) -> int:
     return int((config.get("input_size") or (3,))[0])
 
 
+def _skeleton(form: str) -> nn.Module:
+    """The module of a written form on the meta device; on the CPU where it is not made there."""
+    read = read_form(form)
+    try:
+        with torch.device("meta"):
+            return LOADERS[read.source](read.name, read.options, False)
+    except BackboneError:
+        return build_empty(form)  # torchvision's RegNets copy numbers as they are made
+
+
 def _same_architecture(module: nn.Module, form: str) -> bool:
     try:
-        read = read_form(form)
-        with torch.device("meta"):
-            twin = LOADERS[read.source](read.name, read.options, False)
+        twin = _skeleton(form)
     except (BackboneError, SpecError, MissingExtraError):
         return False
     shapes = {name: t.shape for name, t in module.state_dict().items()}
@@ -327,11 +335,8 @@ def is_untrained(form: str, weights: str | Path | None = None) -> bool:
 
 
 def size_of(form: str) -> int:
-    """Bytes of the weights of a written form; computed without any."""
-    read = read_form(form)
-    with torch.device("meta"):
-        twin = LOADERS[read.source](read.name, read.options, False)
-    return sum(tensor.nbytes for tensor in twin.state_dict().values())
+    """Bytes of the weights of a written form, for nearly all computed without any."""
+    return sum(tensor.nbytes for tensor in _skeleton(form).state_dict().values())
 
 
 def build_empty(form: str) -> nn.Module:

@@ -232,8 +232,9 @@ def _trained(
         model, setting.train, recipe,
         val=setting.val, checkpoint=checkpoint, graphed=cell.graphed,
     )  # fmt: skip
-    for _ in forgotten_if_diverged(steps, checkpoint):
-        pass
+    with forgotten_if_diverged(checkpoint):
+        for _ in steps:
+            pass
     checkpoint.unlink(missing_ok=True)
     return model, evaluate(model, setting.val).accuracy
 

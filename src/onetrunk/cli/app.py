@@ -25,6 +25,7 @@ from .commands.pretrain import pretrain
 from .commands.quickstart import quickstart
 from .commands.train import train
 from .commands.upkeep import remove, verify
+from .console import shown
 
 app = typer.Typer(
     name="onetrunk",
@@ -122,5 +123,5 @@ def main() -> None:
 def _fail(message: str) -> None:
     line = "; ".join(part.strip() for part in message.splitlines() if part.strip())
     line = line.replace(":; ", ": ")
-    sys.stderr.write(f"error: {line}\n")
+    sys.stderr.write(f"error: {shown(line)}\n")
     sys.exit(1)

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from PIL import Image
+
 from ..bank.bank import Bank
 from .training import Trained
 
+MADE_BY = "onetrunk quickstart"  # in the picture's file
 PROBE, ADAPTED, DELTA, BACKBONE = "#b8bec8", "#1f6f8b", "#e08e45", "#5b6472"
 
 
@@ -19,7 +22,16 @@ def draw_domains(bank: Bank, results: Mapping[str, Trained], path: Path) -> None
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _accuracies(left, results)
     _sizes(right, bank, results)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata={"Software": MADE_BY})
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a quickstart drew the picture at `path`."""
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == MADE_BY
+    except OSError:
+        return False
 
 
 def _accuracies(axes, results: Mapping[str, Trained]) -> None:  # type: ignore[no-untyped-def]

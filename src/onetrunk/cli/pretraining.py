@@ -160,7 +160,7 @@ def _train(
     checkpoint: Path,
     screen: Screen,
 ) -> None:
-    with screen.bar("pretraining") as show:
+    with screen.bar("pretraining") as show, forgotten_if_diverged(checkpoint):
         steps = fit(
             model,
             data["train"],
@@ -169,7 +169,7 @@ def _train(
             checkpoint=checkpoint,
             device=request.device,
         )
-        for step in forgotten_if_diverged(followed(steps, show), checkpoint):
+        for step in followed(steps, show):
             if step.val_accuracy is not None and not screen.err.is_terminal:
                 screen.say(
                     f"  epoch {step.epoch}: loss {step.loss:.3f}, "

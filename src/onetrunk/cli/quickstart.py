@@ -28,7 +28,7 @@ from ..files import is_temporary
 from ..training.examples import preprocessing_of
 from ..training.recipe import Recipe
 from .console import Screen, percent, size
-from .picture import draw_domains
+from .picture import draw_domains, is_ours
 from .training import Request, Trained, train_domain
 
 BACKBONE = "timm:tf_efficientnet_lite0"
@@ -83,7 +83,7 @@ def _picture(out: Path) -> Path:
     if not out.name:
         raise BankError(f"{out} has no name that a bank could get. Give one: --out demo.bank")
     picture = out.with_name(f"{out.name}.png")
-    if os.path.lexists(picture) and not is_bank(out):
+    if os.path.lexists(picture) and not is_ours(picture):
         raise BankError(
             f"{picture} is there already, where the picture would go. Move it, or give another "
             "folder: onetrunk quickstart --out FOLDER"

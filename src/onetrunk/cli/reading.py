@@ -1,8 +1,7 @@
 """Images prepared for a network, on a bar; what is left out is counted and the first one named."""
 
-from pathlib import Path
-
 from ..data import Images, Prepared, Preprocessing, Splits
+from ..data.sources import expanded
 from .console import Screen
 
 
@@ -10,7 +9,7 @@ def name_of(source: str) -> str:
     """What a source is called in a domain's provenance: a folder by its own name."""
     if ":" in source:
         return source
-    return Path(source).expanduser().resolve().name.encode(errors="replace").decode()
+    return expanded(source).resolve().name.encode(errors="replace").decode()
 
 
 def read(

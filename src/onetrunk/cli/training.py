@@ -197,14 +197,15 @@ def train_ready(
         probed = probe(bank.backbone, ready, request.device, screen)
     start_at_head(model, probed, request, ready)
     came = {name: tensor.clone().cpu() for name, tensor in delta(model).items()}
-    _fit(bank, model, data, request, screen)
+    with forgotten_if_diverged(_checkpoint(bank, request)):
+        _fit(bank, model, data, request, screen)
+        result = evaluate(model, data[scored_on])
     if all(torch.equal(tensor.cpu(), came[name]) for name, tensor in delta(model).items()):
         screen.warn(
             f"{request.domain}: no epoch did better on validation images than the state that "
             "training started from, which is kept. Where that is not all right already, lower the "
             "learning rate (--recipe)."
         )
-    result = evaluate(model, data[scored_on])
     trained = Trained(
         model,
         result,
@@ -332,7 +333,7 @@ def _fit(
             device=request.device,
             graphed=request.graphed,
         )
-        for _ in forgotten_if_diverged(followed(steps, show), checkpoint):
+        for _ in followed(steps, show):
             pass
 
 

@@ -7,6 +7,7 @@ call computes is which object you call.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -101,7 +102,10 @@ def attach(
     if basis is not None:
         _refuse_foreign_basis(backbone, basis, family, where)
         family = basis.plan if family is None else family
-    traced = trace(backbone, None if input_size is None else (*input_size,), head)
+    if input_size is not None:
+        channels, rows, columns = map(int, input_size)  # of a list, of numpy's
+        input_size = channels, rows, columns
+    traced = trace(backbone, input_size, head)
     scope, text, plan, skipped = _resolve(family, where, traced)
     held = _held_norms(backbone, norms, text, plan, traced)
     model = build(
@@ -126,7 +130,7 @@ def attach(
 def _refuse_passed_by(model: nn.Module, traced: Trace, n_classes: int) -> None:
     """Refuses a network whose forward does not go through its adapters and its classifier."""
     names = {name for name, module in model.named_modules() if isinstance(module, Adapted)}
-    y, called = gone_through(model, names, traced.input_size)
+    y, called = gone_through(model, names, [traced.input_size])
     if passed_by := sorted(names - called):
         raise AttachError(
             f"the backbone's forward calls layer {passed_by[0]!r} past its adapter, so it holds it "
@@ -159,8 +163,9 @@ def _refuse_other_kinds(backbone: object, family: object, input_size: object, he
             f"a plan has families, and this one the text {text!r}: read each with read_family, or "
             "the whole plan with onetrunk.core.allocate.plan_by_hand(backbone, plan)."
         )
-    sizes = isinstance(input_size, Sequence) and [type(n) for n in input_size] == [int] * 3
-    if input_size is not None and not sizes:
+    listed = input_size if isinstance(input_size, Sequence) else ()
+    whole = [isinstance(n, Integral) for n in listed] == [True] * 3
+    if input_size is not None and not whole:
         side = input_size if isinstance(input_size, int) else 64
         raise AttachError(
             f"input_size={input_size}: give channels, rows and columns, (3, {side}, {side})."

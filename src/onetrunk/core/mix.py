@@ -6,7 +6,8 @@ stacks and none of their modules. The law: a row's scores are those of its own d
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from ..errors import MixError
 from .adapted import Adapted
 from .adapters.base import Correction
 from .adapters.series import norm_gain_and_shift
-from .domain import domain_of, mark
+from .domain import Domain, domain_of, mark, own_size
 from .merge import difference
 from .mixable import base_tree, check_own, check_rows, check_shares
 from .rowwise import (
@@ -31,7 +32,7 @@ from .rowwise import (
     RowwiseSite,
 )
 from .sites import Site, package_and_class, site_of
-from .trace import folds_into_a_layer
+from .trace import folds_into_a_layer, gone_through
 from .tree import copy_tree, is_norm, rewired
 
 
@@ -107,6 +108,7 @@ class Mixed(nn.Module):
         layers = {path for group in self._places for path in group}
         check_rows(base, layers, domain_of(first))
         self.network = _assembled(base, domains, self._places, self._rows)
+        _refuse_passed_by(self.network, domain_of(first))
         mark(base, domain_of(first))
         self._base = (base,)  # a tuple: no submodule; its layers are the network's own
         n_classes_d = torch.tensor([len(domain.classes) for domain in domains])
@@ -332,6 +334,27 @@ def _assembled(
         made[path] = RowwiseHead([d.heads[path] for d in domains], rows)
     network = rewired(base, {base.get_submodule(path): module for path, module in made.items()})
     return network.requires_grad_(False)
+
+
+def _refuse_passed_by(network: nn.Module, domain: Domain) -> None:
+    """Refuses a network whose forward calls a layer past what is by row there."""
+    names = {name for name, module in network.named_modules() if isinstance(module, Rowwise)}
+    sizes = own_size(domain), domain.input_size
+    _, called = gone_through(network, names, sizes, _of_first)
+    if passed_by := sorted(names - called):
+        raise MixError(
+            f"the backbone's forward calls {passed_by[0]} past its place in the module tree (it "
+            "holds it in a list or dict too), so rows cannot differ there. Hold modules in an "
+            "nn.ModuleList or nn.ModuleDict, or call the domains one after another."
+        )
+
+
+@contextmanager
+def _of_first(network: nn.Module) -> Iterator[None]:
+    """While it is entered, the one row of a copied network is the first domain's."""
+    rows = next(module.rows for module in network.modules() if isinstance(module, Rowwise))
+    with rows.of(torch.zeros(1, dtype=torch.long, device=_device_of(network))):
+        yield
 
 
 def _rowwise_norm(norm: nn.Module, parts: Sequence[Affine | nn.Module], rows: Rows) -> nn.Module:

@@ -257,7 +257,8 @@ def _added_before(z: Tensor, y: Tensor, matrices: list[Tensor]) -> Tensor:
 
 def _added(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """y + left right, in y where autocast leaves types alone: it casts nothing in place."""
-    if torch.is_autocast_enabled(y.device.type):
+    kind = y.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.baddbmm(y, left, right)
     return y.baddbmm_(left, right)
 

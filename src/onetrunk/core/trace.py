@@ -493,29 +493,43 @@ def _n_rows(
     return found
 
 
-def gone_through(network: nn.Module, layers: set[str], size: Size) -> tuple[Any, set[str]]:
+Around = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
+
+
+def gone_through(
+    network: nn.Module,
+    layers: set[str],
+    sizes: Iterable[Size | None],
+    around: Around = lambda _network: contextlib.nullcontext(),
+) -> tuple[Any, set[str]]:
     """What the network gives for one image, and those of `layers` that it calls.
+
+    Args:
+        sizes: channels, rows, columns, of which the first that runs is taken.
+        around: what is entered with the copy that runs, while it does.
 
     Raises:
         BackboneError: where the network does not run.
     """
-    called = set[str]()
+    problem = ""
+    for device in ("meta", _own_device(network)):
+        for size in _to_try(network, sizes):
+            called = set[str]()
+            image = example(network, size, device)
+            look = functools.partial(_add_name, called)
+            try:
+                return _watch(network, layers, device, image, look, around), called
+            except Exception as error:  # whatever a user's forward raises is only reported
+                problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    raise BackboneError(
+        f"{type(network).__name__} does not run with the domain's classifier and adapters in "
+        f"it ({problem}). Name the classifier's own layer, head='fc'; where an adapted layer "
+        "is the cause, leave it out: where=Where(pattern=...)."
+    )
 
-    def observe(device: str) -> Any:
-        image = example(network, size, device)
-        return _watch(network, layers, device, image, lambda name, _x: called.add(name))
 
-    try:
-        with contextlib.suppress(Exception):  # whatever does not run on meta
-            return observe("meta"), called
-        return observe(_own_device(network)), called
-    except Exception as error:  # whatever a user's forward raises is only reported
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BackboneError(
-            f"{type(network).__name__} does not run with the domain's classifier and adapters in "
-            f"it ({problem}). Name the classifier's own layer, head='fc'; where an adapted layer "
-            "is the cause, leave it out: where=Where(pattern=...)."
-        ) from error
+def _add_name(called: set[str], name: str, _x: Tensor) -> None:
+    called.add(name)
 
 
 @torch.no_grad()
@@ -525,6 +539,7 @@ def _watch(
     device: str,
     images_bchw: Tensor,
     look: Callable[[str, Tensor], None],
+    around: Around = lambda _network: contextlib.nullcontext(),
 ) -> Any:
     """Runs a copy; `look` gets the name of each of `layers` with what goes in at every call."""
     copied = on_device(network, device)
@@ -535,5 +550,5 @@ def _watch(
     for name, module in copied.named_modules():
         if name in layers:
             module.register_forward_pre_hook(note(name))
-    with _NormsLeftOut() if device == "meta" else contextlib.nullcontext():
+    with _NormsLeftOut() if device == "meta" else contextlib.nullcontext(), around(copied):
         return copied(images_bchw)

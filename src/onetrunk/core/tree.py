@@ -7,6 +7,7 @@ never reach the backbone or another domain, while memory holds the backbone once
 
 import copy
 import re
+import types
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -124,6 +125,9 @@ def shell(module: nn.Module) -> nn.Module:
     """A shallow copy: another object with the same submodules, tensors and hooks."""
     twin = copy.copy(module)
     twin._load_state_dict_pre_hooks = OrderedDict()  # they name the module they were made for
+    for name, value in list(vars(twin).items()):  # `self.forward = self.forward_fast`
+        if getattr(value, "__self__", None) is module:
+            vars(twin)[name] = types.MethodType(value.__func__, twin)
     return twin
 
 
@@ -133,7 +137,7 @@ _NORMS = (
     nn.GroupNorm,
 )
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-_STANDARDISES = re.compile(r"Normali[sz]e(r|d|$|[^a-z])")  # Normalize, InputNormalizer
+_STANDARDISES = re.compile(r"^Normali[sz]e|Normali[sz]er$")  # Normalize, InputNormalizer
 
 
 def is_counter(buffer: Tensor) -> bool:

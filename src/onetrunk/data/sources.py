@@ -66,7 +66,7 @@ def load(
     kind, colon, rest = written.partition(":")
     if colon and kind in KINDS:
         return KINDS[kind](rest, options)
-    path = _expanded(written)
+    path = expanded(written)
     _check_folder(written, path)
     found = load_parquet(path) if has_parquet(path) else load_folder(path, options)
     if found.val or found.test or found.cut:
@@ -75,7 +75,7 @@ def load(
     return dataclasses.replace(found, note=f"{found.note} {alone}".strip())
 
 
-def _expanded(written: str) -> Path:
+def expanded(written: str) -> Path:
     """The path with its ~ as a home; as it is where there is no such user."""
     path = Path(written)
     try:
@@ -108,7 +108,7 @@ def _meant(written: str) -> str:
     close = difflib.get_close_matches(kind.lower(), KINDS, n=1)
     if colon and close:
         return f" Did you mean {close[0]}:{rest}?"
-    siblings = _names_beside(_expanded(written))
+    siblings = _names_beside(expanded(written))
     if close := difflib.get_close_matches(Path(written).name, siblings, n=1):
         return f" Did you mean {str(Path(written).parent / close[0])!r}?"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", written):

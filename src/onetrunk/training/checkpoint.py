@@ -8,10 +8,11 @@ bit.
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from ..files import read_checked, reason, write_atomically
 from ..tensorfile import pack, unpack
 
 FORMAT = 2
-T = TypeVar("T")
 PARTS = ("network", "best", "good", "optimizer")
 
 
@@ -170,14 +170,13 @@ def _shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
-def forgotten_if_diverged(steps: Iterable[T], checkpoint: Path) -> Iterator[T]:
-    """The steps of a training; where it diverges its checkpoint goes, as from there it would again.
-
-    Raises:
-        DivergedError: as `fit`.
+@contextmanager
+def forgotten_if_diverged(checkpoint: Path) -> Iterator[None]:
+    """For a training and what looks at its network: where either diverges the checkpoint goes, as
+    from there it would again.
     """
     try:
-        yield from steps
+        yield
     except DivergedError:
         checkpoint.unlink(missing_ok=True)
         raise

@@ -152,9 +152,11 @@ def fit(
             keeper.save()
         raise
     else:
-        if keeper is not None:  # what comes of the training may find no room
-            keeper.save()
-        loop.take_best()
+        try:
+            if keeper is not None:  # what comes of the training may find no room
+                keeper.save()
+        finally:
+            loop.take_best()
     finally:
         loop.leave()
 

@@ -95,10 +95,12 @@ def fit_together(
             keeper.save()
         raise
     else:
-        for keeper in keepers.values():
-            keeper.save()
-        for loop in loops.values():
-            loop.take_best()
+        try:
+            for keeper in keepers.values():
+                keeper.save()
+        finally:
+            for loop in loops.values():
+                loop.take_best()
     finally:
         for loop in loops.values():
             loop.leave()

@@ -326,11 +326,12 @@ def _trained(
     recipe = dataclasses.replace(settings.recipe, decay_adapter=decay, decay_by_size=())
     checkpoint = bank.path / UNFINISHED / f"{name}.safetensors"
     steps = fit(model, data, recipe, val=val, checkpoint=checkpoint, device=settings.device)
-    with closing(cast(Generator[Step, None, None], steps)):
-        for step in forgotten_if_diverged(steps, checkpoint):
-            yield name, step
-    metrics = {} if val is None else {"val_accuracy": _accuracy(model, val)}
-    _answer(model, files, test, folder)
+    with forgotten_if_diverged(checkpoint):
+        with closing(cast(Generator[Step, None, None], steps)):
+            for step in steps:
+                yield name, step
+        metrics = {} if val is None else {"val_accuracy": _accuracy(model, val)}
+        _answer(model, files, test, folder)
     bank.add(
         name,
         model.to(next(bank.backbone.parameters()).device),
