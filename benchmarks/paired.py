@@ -7,6 +7,7 @@ FOLDER`: of your own) and trains nothing.
 """
 
 import argparse
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def is_backbone(asked: str, name: str) -> bool:
 
 def tell(what: str, mine: list, theirs: list) -> None:
     found = paired(mine, theirs)
-    low, high = found.interval
+    low, high = found.interval or (math.nan, math.nan)  # of a single domain's single cell
     pairs = common(mine, theirs)
     wins = sum(points > 0 for points in domain_means(pairs).values())
     mean, other = (over_domains(side).mean for side in zip(*pairs, strict=True))
