@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from onetrunk.errors import BackboneError, DamagedError
-from onetrunk.tensorfile import fingerprint_of, pack, unpack
+from onetrunk.tensorfile import fingerprint_of, is_ours, pack, unpack
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
@@ -174,3 +174,8 @@ def test_hostile_files_are_refused_by_name(data):
     assert message.startswith("garden/flowers.safetensors: ")
     assert "no onetrunk file, or a damaged one (" in message or "does not match its own" in message
     assert message.endswith("Get it again from where it came from.")
+
+
+def test_a_header_of_many_brackets_is_none_of_ours() -> None:
+    header = b"[" * 100_000
+    assert not is_ours(len(header).to_bytes(8, "little") + header)

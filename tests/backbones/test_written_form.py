@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from onetrunk.backbones import backbone, fingerprint, resnet26, written_form
+from onetrunk.backbones.written_form import build_empty, size_of
 from onetrunk.errors import BackboneError, OnetrunkError, SpecError
 
 
@@ -209,3 +210,8 @@ def test_a_width_without_whole_channels_is_refused(width: float) -> None:
 
 def test_every_refusal_is_one_family_of_exceptions() -> None:
     assert issubclass(BackboneError, OnetrunkError)
+
+
+def test_a_network_that_is_not_made_on_meta_is_known_all_the_same() -> None:
+    form = "torchvision:regnet_y_400mf"  # its layers copy numbers as they are made
+    assert written_form(build_empty(form)) == form and size_of(form) > 10_000_000

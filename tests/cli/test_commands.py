@@ -570,3 +570,15 @@ def test_images_that_cannot_be_read_have_a_fingerprint(photos, tmp_path):
     files = sorted(photos.rglob("*.png"))[:2]
     there = Images.from_files([*files, tmp_path / "gone.png"], [0, 1, 1], ["a", "b"])
     assert there.fingerprint() != Images.from_files(files, [0, 1], ["a", "b"]).fingerprint()
+
+
+@pytest.mark.parametrize("command", [("list",), ("show", "stripes")])
+def test_a_command_speaks_of_one_generation(run, bank, monkeypatch, command):
+    """Somebody removes the domain after it was first looked at."""
+    before = ot.Bank.open(bank).domains
+    looks = iter([before])
+    gone = type(before)(dataclasses.replace(ot.Bank.open(bank)._store.manifest, domains={}), bank)
+    monkeypatch.setattr(ot.Bank, "domains", property(lambda self: next(looks, gone)))
+    verb, *names = command
+    ran = run(verb, bank, *names)
+    assert ran.status == 0 and "stripes" in ran.out

@@ -422,7 +422,9 @@ def moved(net: nn.Module, names: str) -> dict[str, nn.Module]:
 def test_a_forward_that_is_bound_when_it_is_made_mixes() -> None:
     pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
     models = moved(nn.Sequential(Bound(), *pooled).double(), "ab")
-    ot.mix(models, check=torch.rand(2, 3, 8, 8))
+    mixed, x = ot.mix(models), torch.rand(2, 3, 8, 8).double()
+    for k, (name, scores_c) in enumerate(zip("ba", mixed(x, ["b", "a"]), strict=True)):
+        assert torch.allclose(scores_c, models[name].eval()(x[k : k + 1])[0])
 
 
 def test_a_norm_that_the_forward_passes_by_is_refused() -> None:

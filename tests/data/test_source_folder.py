@@ -41,6 +41,7 @@ def test_folders_by_split(val: str, class_tree: Tree) -> None:
 def test_train_alone_has_no_other_splits(class_tree: Tree) -> None:
     splits = load(class_tree({"train/cat": 10, "train/dog": 10}))
     assert splits.val is None and splits.test is None
+    assert "has a train split alone: it is not cut" in splits.note
     assert len(splits.with_validation().train) == 16
 
 
@@ -209,3 +210,8 @@ def test_three_hundred_untidy_files(class_tree: Tree, picture: Image.Image) -> N
     assert len(prepared) == 200
     assert len(prepared.problems) == 100
     assert all("bad" in problem.name and problem.reason for problem in prepared.problems)
+
+
+def test_a_home_that_nobody_has_is_a_folder_that_is_not_there() -> None:
+    with pytest.raises(DataError, match="source '~nobody-of-that-name/x' was not found"):
+        load("~nobody-of-that-name/x")
