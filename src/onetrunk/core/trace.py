@@ -100,20 +100,18 @@ def default_sizes(backbone: nn.Module) -> list[Size]:
 def _first_that_runs(
     backbone: nn.Module, input_size: Size | None
 ) -> tuple[list[_Call], torch.Size, Size]:
-    sizes = [input_size] if input_size else default_sizes(backbone)
-    problem = ""
-    for device in ("meta", "cpu"):
-        for size in sizes:
-            try:
-                return *_run(backbone, size, device), size
-            except Exception as error:  # whatever a user's forward raises is only reported
-                problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    _refuse_no_copy(backbone)
-    tried = ", ".join("x".join(map(str, size)) for size in sizes)
-    raise BackboneError(
-        f"{type(backbone).__name__} does not run on one image of {tried} ({problem}). "
-        "Say the size it takes: input_size=(channels, rows, columns)."
-    )
+    def observe(device: str, size: Size) -> tuple[list[_Call], torch.Size, Size]:
+        return *_run(backbone, size, device), size
+
+    try:
+        return _first_run(backbone, ("meta", "cpu"), [input_size], observe)
+    except _NothingRunsError as error:
+        _refuse_no_copy(backbone)
+        tried = ", ".join("x".join(map(str, size)) for size in _to_try(backbone, [input_size]))
+        raise BackboneError(
+            f"{type(backbone).__name__} does not run on one image of {tried} ({error}). "
+            "Say the size it takes: input_size=(channels, rows, columns)."
+        ) from error
 
 
 def _refuse_no_copy(backbone: nn.Module) -> None:
@@ -343,10 +341,16 @@ def following_norms(
         return {}
     follow = functools.partial(_follow, network, layers)
     devices = "meta", _own_device(network)
-    return _first_run(network, devices, (size,), follow) or {}  # where nothing runs, nothing folds
+    with contextlib.suppress(_NothingRunsError):
+        return _first_run(network, devices, (size,), follow)
+    return {}  # where nothing runs, nothing folds
 
 
 _Found = TypeVar("_Found")
+
+
+class _NothingRunsError(Exception):
+    """A network that runs on none of the devices and sizes that were tried."""
 
 
 def _own_device(network: nn.Module) -> str:
@@ -358,13 +362,20 @@ def _first_run(
     devices: Iterable[str],
     sizes: Iterable[Size | None],
     observe: Callable[[str, Size], _Found],
-) -> _Found | None:
-    """What is observed on the first device and size that run, None where there is none."""
+) -> _Found:
+    """What is observed on the first device and size that run.
+
+    Raises:
+        _NothingRunsError: where there is none, with what the last one complained of.
+    """
+    problem = ""
     for device in devices:
         for tried in _to_try(network, sizes):
-            with contextlib.suppress(Exception):  # whatever a user's forward raises: try the next
+            try:
                 return observe(device, tried)
-    return None
+            except Exception as error:  # whatever a user's forward raises is only reported
+                problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    raise _NothingRunsError(problem)
 
 
 def _to_try(network: nn.Module, sizes: Iterable[Size | None]) -> list[Size]:
@@ -438,16 +449,22 @@ def rows_per_image(
         }
 
     devices = "meta", _own_device(network)
-    return _known_rows(network, sizes, _first_run(network, devices, sizes, counted))
+    return _known_rows(network, devices, sizes, counted)
 
 
-def _known_rows(network: nn.Module, sizes: Iterable[Size | None], found: _Found | None) -> _Found:
-    if found is None:
+def _known_rows(
+    network: nn.Module,
+    devices: Iterable[str],
+    sizes: Iterable[Size | None],
+    observe: Callable[[str, Size], _Found],
+) -> _Found:
+    try:
+        return _first_run(network, devices, sizes, observe)
+    except _NothingRunsError as error:
         raise BackboneError(
             f"{type(network).__name__} does not run on images of {_to_try(network, sizes)}, so it "
             "is unknown which rows inside belong to which image."
-        )
-    return found
+        ) from error
 
 
 def rows_astray(network: nn.Module, layers: set[str], sizes: Iterable[Size | None]) -> set[str]:
@@ -460,7 +477,7 @@ def rows_astray(network: nn.Module, layers: set[str], sizes: Iterable[Size | Non
     """
     observe = functools.partial(_nan_in_first_half, network, layers)
     devices = (_own_device(network),)  # on meta there are no numbers
-    return _known_rows(network, sizes, _first_run(network, devices, sizes, observe))
+    return _known_rows(network, devices, sizes, observe)
 
 
 def _nan_in_first_half(network: nn.Module, layers: set[str], device: str, size: Size) -> set[str]:
@@ -511,25 +528,23 @@ def gone_through(
     Raises:
         BackboneError: where the network does not run.
     """
-    problem = ""
-    for device in ("meta", _own_device(network)):
-        for size in _to_try(network, sizes):
-            called = set[str]()
-            image = example(network, size, device)
-            look = functools.partial(_add_name, called)
-            try:
-                return _watch(network, layers, device, image, look, around), called
-            except Exception as error:  # whatever a user's forward raises is only reported
-                problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    raise BackboneError(
-        f"{type(network).__name__} does not run with the domain's classifier and adapters in "
-        f"it ({problem}). Name the classifier's own layer, head='fc'; where an adapted layer "
-        "is the cause, leave it out: where=Where(pattern=...)."
-    )
 
+    def observe(device: str, size: Size) -> tuple[Any, set[str]]:
+        called, image = set[str](), example(network, size, device)
 
-def _add_name(called: set[str], name: str, _x: Tensor) -> None:
-    called.add(name)
+        def look(name: str, _x: Tensor) -> None:
+            called.add(name)
+
+        return _watch(network, layers, device, image, look, around), called
+
+    try:
+        return _first_run(network, ("meta", _own_device(network)), sizes, observe)
+    except _NothingRunsError as error:
+        raise BackboneError(
+            f"{type(network).__name__} does not run with the domain's classifier and adapters in "
+            f"it ({error}). Name the classifier's own layer, head='fc'; where an adapted layer "
+            "is the cause, leave it out: where=Where(pattern=...)."
+        ) from error
 
 
 @torch.no_grad()
