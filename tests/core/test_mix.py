@@ -447,3 +447,14 @@ def test_a_mixture_has_its_shapes_on_meta() -> None:
     images_bchw = torch.empty(2, 3, 8, 8, device="meta")
     index_b = torch.zeros(2, dtype=torch.long, device="meta")
     assert mixed._scores(images_bchw, index_b).shape == (2, 2)
+
+
+def test_a_norm_that_no_evaluation_calls_is_no_hindrance() -> None:
+    class Aside(Bound):
+        def __init__(self) -> None:
+            super().__init__()
+            self.auxiliary = nn.BatchNorm2d(8)  # of training alone, as GoogLeNet has some
+
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    models = moved(nn.Sequential(Aside(), *pooled), "ab")
+    assert ot.mix(models, check=torch.rand(2, 3, 8, 8)).domains == ("a", "b")

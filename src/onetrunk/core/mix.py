@@ -106,9 +106,9 @@ class Mixed(nn.Module):
         self._places = _places(domains)
         base = base_tree(first)
         layers = {path for group in self._places for path in group}
-        check_rows(base, layers, domain_of(first))
+        called = check_rows(base, layers, domain_of(first))
         self.network = _assembled(base, domains, self._places, self._rows)
-        _refuse_passed_by(self.network, domain_of(first))
+        _refuse_passed_by(self.network, called, domain_of(first))
         mark(base, domain_of(first))
         self._base = (base,)  # a tuple: no submodule; its layers are the network's own
         n_classes_d = torch.tensor([len(domain.classes) for domain in domains])
@@ -336,12 +336,11 @@ def _assembled(
     return network.requires_grad_(False)
 
 
-def _refuse_passed_by(network: nn.Module, domain: Domain) -> None:
-    """Refuses a network whose forward calls a layer past what is by row there."""
-    names = {name for name, module in network.named_modules() if isinstance(module, Rowwise)}
+def _refuse_passed_by(network: nn.Module, layers: set[str], domain: Domain) -> None:
+    """Refuses a network whose forward calls one of `layers` past what is by row there."""
     sizes = own_size(domain), domain.input_size
-    _, called = gone_through(network, names, sizes, _of_first)
-    if passed_by := sorted(names - called):
+    _, called = gone_through(network, layers, sizes, _of_first)
+    if passed_by := sorted(layers - called):
         raise MixError(
             f"the backbone's forward calls {passed_by[0]} past its place in the module tree (it "
             "holds it in a list or dict too), so rows cannot differ there. Hold modules in an "

@@ -86,8 +86,8 @@ def check_own(name: str, model: nn.Module, taken: Collection[str]) -> None:
         )
 
 
-def check_rows(base: nn.Module, layers: set[str], domain: Domain) -> None:
-    """A row of every layer must belong to an image that its place tells.
+def check_rows(base: nn.Module, layers: set[str], domain: Domain) -> set[str]:
+    """A row of every layer must belong to an image that its place tells; those that are called.
 
     Raises:
         MixError: where one of `layers` gets rows that are not the batch's (a table of positions),
@@ -111,3 +111,4 @@ def check_rows(base: nn.Module, layers: set[str], domain: Domain) -> None:
             "unknown there. Call the domains one after another, or lay the views of an image "
             "together."
         )
+    return set(per_image)
